@@ -1,0 +1,179 @@
+"""Every rule that one setting alone cannot check. Each violation is one ConfigError.
+
+Kept in one place and in reading order: model, training, data, device, precision, attention,
+checkpointing, loss, optimizer, strategy.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from pathlib import Path
+
+from lab.config.errors import ConfigError
+from lab.config.schema import RunConfig
+from lab.vocab import AttentionBackend, Checkpointing, Precision, Strategy
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "model.norm": ("rmsnorm", "layernorm"),
+    "model.mlp": ("swiglu", "gelu"),
+    "model.position": ("rope", "learned"),
+    "data.kind": ("python_stdlib", "text", "hf"),
+    "parallel.fsdp.reduce_dtype": ("fp32", "param"),
+    "loss.kind": ("cross_entropy", "chunked"),
+    "quantization.kind": ("none",),
+    "adapter.kind": ("none",),
+    "optimizer.kind": ("adamw", "sgd"),
+    "optimizer.implementation": ("foreach", "fused", "for_loop"),
+    "engine.kind": ("native",),
+    "measure.level": ("off", "counters", "ledger", "snapshot"),
+    "tracker.kind": ("wandb", "none"),
+    "tracker.mode": ("auto", "offline", "online"),
+    "hardware.device_type": ("cpu", "cuda"),
+}
+
+_POSITIVE = (
+    "model.num_layers model.hidden_size model.intermediate_size model.num_heads model.num_kv_heads model.head_dim "
+    "model.vocab_size model.max_seq_len train.micro_batch_size train.seq_len train.gradient_accumulation_steps "
+    "train.steps data.tokenizer_vocab_size data.max_bytes checkpointing.every_k loss.num_chunks launch.timeout_s "
+    "parallel.ddp.bucket_cap_mb parallel.zero.reduce_bucket_size parallel.zero.allgather_bucket_size "
+    "parallel.zero.sub_group_size model.rope_theta model.norm_eps optimizer.eps"
+).split()
+
+_NOT_NEGATIVE = (
+    "train.warmup_steps optimizer.lr optimizer.weight_decay optimizer.momentum "
+    "parallel.zero.stage3_prefetch_bucket_size parallel.zero.stage3_param_persistence_threshold "
+    "parallel.zero.stage3_max_live_parameters parallel.zero.stage3_max_reuse_distance seed"
+).split()
+
+
+def _get(cfg: RunConfig, path: str) -> object:
+    value: object = cfg
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def check_rules(cfg: RunConfig) -> None:
+    """Raise ConfigError for the first rule that ``cfg`` breaks."""
+    for path, options in _CHOICES.items():
+        if (value := _get(cfg, path)) not in options:
+            raise ConfigError(path, value, f"expected one of {', '.join(options)}")
+    for path in _POSITIVE:
+        value = _get(cfg, path)
+        if not isinstance(value, (int, float)) or not value > 0:
+            raise ConfigError(path, value, "must be positive")
+    for path in _NOT_NEGATIVE:
+        value = _get(cfg, path)
+        if not isinstance(value, (int, float)) or not value >= 0:
+            raise ConfigError(path, value, "must not be negative")
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", cfg.name):
+        raise ConfigError("name", cfg.name, "letters, digits, '.', '_' and '-' only: it names a folder")
+    for rule in (_model, _train, _data, _precision, _attention, _loss_and_optimizer, _strategy):
+        rule(cfg)
+
+
+def _model(cfg: RunConfig) -> None:
+    m = cfg.model
+    if m.num_heads % m.num_kv_heads:
+        raise ConfigError("model.num_kv_heads", m.num_kv_heads, f"must divide model.num_heads={m.num_heads}")
+    if m.position == "rope" and m.head_dim % 2:
+        raise ConfigError("model.head_dim", m.head_dim, "must be even with model.position=rope")
+    if not 0.0 <= m.dropout < 1.0:
+        raise ConfigError("model.dropout", m.dropout, "a probability, 0 or more and less than 1")
+
+
+def _train(cfg: RunConfig) -> None:
+    t = cfg.train
+    if t.seq_len > cfg.model.max_seq_len:
+        raise ConfigError("train.seq_len", t.seq_len, f"at most model.max_seq_len={cfg.model.max_seq_len}")
+    if t.max_grad_norm is not None and not t.max_grad_norm > 0:
+        raise ConfigError("train.max_grad_norm", t.max_grad_norm, "positive, or null for no clipping")
+    if t.warmup_steps > t.steps:
+        raise ConfigError("train.warmup_steps", t.warmup_steps, f"at most train.steps={t.steps}")
+    for step in cfg.measure.ledger_steps:
+        if not -t.steps <= step < t.steps:
+            raise ConfigError(
+                "measure.ledger_steps", list(cfg.measure.ledger_steps), f"steps from {-t.steps} to {t.steps - 1}"
+            )
+    if t.compile and cfg.measure.level in ("ledger", "snapshot"):
+        raise ConfigError("train.compile", True, "its memory is not modelled; use measure=counters or measure=off")
+
+
+def _data(cfg: RunConfig) -> None:
+    d = cfg.data
+    if d.tokenizer_vocab_size > cfg.model.vocab_size:
+        raise ConfigError(
+            "data.tokenizer_vocab_size", d.tokenizer_vocab_size, f"at most model.vocab_size={cfg.model.vocab_size}"
+        )
+    if d.tokenizer_vocab_size < 257:
+        raise ConfigError(
+            "data.tokenizer_vocab_size", d.tokenizer_vocab_size, "at least 257: 256 bytes and the end-of-text token"
+        )
+    if d.kind == "text":
+        if not d.path:
+            raise ConfigError("data.path", d.path, "a glob of text files, needed with data=text")
+        if not any(Path(p).is_file() for p in glob.iglob(d.path, recursive=True)):
+            raise ConfigError("data.path", d.path, "matches no file")
+    if d.kind == "hf" and not d.path:
+        raise ConfigError("data.path", d.path, "a dataset id or folder, needed with data=hf")
+
+
+def _precision(cfg: RunConfig) -> None:
+    if cfg.precision.kind is Precision.FP16_MIXED and cfg.hardware.device_type == "cpu":
+        raise ConfigError("precision", "fp16_mixed", "needs a GPU; on a CPU use bf16_mixed or fp32")
+
+
+def _attention(cfg: RunConfig) -> None:
+    backend, cpu = cfg.attention.backend, cfg.hardware.device_type == "cpu"
+    half = cfg.precision.kind is not Precision.FP32
+    if cpu and backend in (AttentionBackend.MEM_EFFICIENT, AttentionBackend.CUDNN):
+        raise ConfigError("attention", backend.value, "needs a GPU; on a CPU use auto, flash, math or eager")
+    if not cpu and backend in (AttentionBackend.FLASH, AttentionBackend.CUDNN):
+        if not half:
+            raise ConfigError(
+                "attention", backend.value, "needs bf16 or fp16: set precision=bf16_mixed, or attention=mem_efficient"
+            )
+        limit = 256 if backend is AttentionBackend.FLASH else 128
+        if cfg.model.head_dim > limit or cfg.model.head_dim % 8:
+            raise ConfigError(
+                "attention",
+                backend.value,
+                f"needs model.head_dim up to {limit} and a multiple of 8, not {cfg.model.head_dim}",
+            )
+    if cpu and backend is AttentionBackend.FLASH and cfg.model.dropout:
+        raise ConfigError(
+            "attention",
+            "flash",
+            f"the CPU kernel has no dropout: model.dropout={cfg.model.dropout} needs attention=math or eager",
+        )
+
+
+def _loss_and_optimizer(cfg: RunConfig) -> None:
+    tokens = cfg.train.micro_batch_size * cfg.train.seq_len
+    if cfg.loss.kind == "chunked" and cfg.loss.num_chunks > tokens:
+        raise ConfigError("loss.num_chunks", cfg.loss.num_chunks, f"at most the {tokens} tokens of a micro-batch")
+    if any(not 0.0 <= b < 1.0 for b in cfg.optimizer.betas):
+        raise ConfigError("optimizer.betas", list(cfg.optimizer.betas), "two numbers, 0 or more and less than 1")
+    if cfg.checkpointing.kind is Checkpointing.EVERY_K and cfg.checkpointing.every_k > cfg.model.num_layers:
+        raise ConfigError(
+            "checkpointing.every_k", cfg.checkpointing.every_k, f"at most model.num_layers={cfg.model.num_layers}"
+        )
+
+
+def _strategy(cfg: RunConfig) -> None:
+    strategy, world = cfg.parallel.strategy, cfg.world_size
+    if strategy is Strategy.SINGLE and world != 1:
+        raise ConfigError("world_size", world, "parallel=single is one process; use parallel=ddp or start one process")
+    if strategy is Strategy.HSDP:
+        size = cfg.parallel.fsdp.shard_size
+        if world < 2 or world % 2 and size is None:
+            raise ConfigError(
+                "world_size", world, "parallel=hsdp needs an even number of ranks, or parallel.fsdp.shard_size"
+            )
+        if size is not None and (size < 1 or world % size):
+            raise ConfigError("parallel.fsdp.shard_size", size, f"must divide world_size={world}")
+    elif cfg.parallel.fsdp.shard_size is not None:
+        raise ConfigError("parallel.fsdp.shard_size", cfg.parallel.fsdp.shard_size, "only with parallel=hsdp")
+    if strategy.zero_stage and cfg.train.compile:
+        raise ConfigError("train.compile", True, f"not offered with parallel={strategy.value}; use single, ddp or fsdp")

@@ -1,0 +1,234 @@
+"""Typed schema of every config group, as frozen dataclasses; one field, one comment with its unit.
+
+The YAML folders under ``configs/`` have the same group and field names. Cross-field rules live in
+``lab.config.rules``; this file only says which fields exist and which types they have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lab.vocab import AttentionBackend, Checkpointing, Precision, Strategy
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One decoder-only transformer: shapes and the options that matter for memory."""
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int  # elements per head; null in YAML: hidden_size / num_heads
+    vocab_size: int
+    max_seq_len: int  # rows of the learned position table; upper bound of train.seq_len
+    norm: str = "rmsnorm"  # rmsnorm | layernorm
+    mlp: str = "swiglu"  # swiglu | gelu
+    position: str = "rope"  # rope | learned
+    bias: bool = False  # biases of the attention and MLP projections (and of LayerNorm)
+    tied_head: bool = False  # output head shares the token embedding's weight
+    dropout: float = 0.0  # after embedding, attention (weights and output) and MLP
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from. Tokenized with a byte-level BPE trained once and cached."""
+
+    kind: str = "python_stdlib"  # python_stdlib | text | hf
+    path: str | None = None  # glob of text files (kind=text); dataset id or folder (kind=hf)
+    split: str = "train"  # kind=hf
+    column: str = "text"  # kind=hf
+    tokenizer_vocab_size: int = 8192  # entries; never more than model.vocab_size
+    cache_dir: str = "outputs/.cache"
+    max_bytes: int = 16_000_000  # bytes of text read at most
+
+
+@dataclass(frozen=True)
+class DDPOptions:
+    """torch.nn.parallel.DistributedDataParallel: its own names and defaults."""
+
+    bucket_cap_mb: float = 25.0  # MiB
+    gradient_as_bucket_view: bool = False
+    broadcast_buffers: bool = True
+    static_graph: bool = False
+
+
+@dataclass(frozen=True)
+class ZeroOptions:
+    """DeepSpeed's zero_optimization section: its own names and defaults (elements, not bytes)."""
+
+    reduce_bucket_size: int = 500_000_000
+    allgather_bucket_size: int = 500_000_000
+    overlap_comm: bool | None = None  # None: DeepSpeed's default, on for stage 3 only
+    contiguous_gradients: bool = True
+    reduce_scatter: bool = True
+    round_robin_gradients: bool = False
+    sub_group_size: int = 1_000_000_000
+    stage3_prefetch_bucket_size: int = 50_000_000
+    stage3_param_persistence_threshold: int = 100_000
+    stage3_max_live_parameters: int = 1_000_000_000
+    stage3_max_reuse_distance: int = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class FSDPOptions:
+    """torch.distributed.fsdp.fully_shard. One unit per block plus the root unit."""
+
+    shard_size: int | None = None  # hsdp only: ranks in one shard group; null: world_size / 2
+    reduce_dtype: str = "fp32"  # fp32 | param: dtype of the gradient reduce-scatter in mixed precision
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    strategy: Strategy = Strategy.SINGLE
+    ddp: DDPOptions = field(default_factory=DDPOptions)
+    zero: ZeroOptions = field(default_factory=ZeroOptions)
+    fsdp: FSDPOptions = field(default_factory=FSDPOptions)
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    kind: Precision = Precision.BF16_MIXED
+    tf32: bool = True  # TF32 matmuls for fp32 operands on GPUs that have them
+
+
+@dataclass(frozen=True)
+class CheckpointingConfig:
+    kind: Checkpointing = Checkpointing.NONE
+    every_k: int = 2  # kind=every_k: blocks 0, k, 2k, ... are checkpointed
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    backend: AttentionBackend = AttentionBackend.AUTO
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    kind: str = "cross_entropy"  # cross_entropy | chunked
+    num_chunks: int = 8  # kind=chunked: token chunks whose logits exist one at a time
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    kind: str = "none"
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    kind: str = "none"
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    kind: str = "adamw"  # adamw | sgd
+    implementation: str = "fused"  # foreach | fused | for_loop
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    momentum: float = 0.9  # sgd; 0 keeps no state
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    kind: str = "native"
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    level: str = "counters"  # off | counters | ledger | snapshot
+    ledger_steps: tuple[int, ...] = (0, -1)  # steps (negative: from the end) whose phase ends get a ledger
+
+
+@dataclass(frozen=True)
+class TrackerConfig:
+    kind: str = "wandb"  # wandb | none
+    mode: str = "auto"  # auto (online after a login, else offline) | offline | online
+    project: str = "training-memory-lab"
+    entity: str | None = None
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    """A row of the hardware table, ``configs/hardware/NAME.yaml``; each number there says how it was measured."""
+
+    name: str  # auto: the row whose gpu_name NVML shows, else cpu
+    device_type: str = "cpu"  # cpu | cuda
+    gpu_name: str = ""  # as NVML spells it
+    capacity_bytes: int = 0  # device memory that CUDA offers; 0: not known
+    idle_bytes: int = 0  # device use that NVML shows on the idle card
+    cuda_context_bytes: int = 0  # one process's CUDA context and loaded kernels
+    cublas_workspace_bytes: int = 0  # per (handle, stream), through PyTorch's allocator
+    cublaslt_workspace_bytes: int = 0  # per (handle, stream); 0: unified with cuBLAS's
+    nccl_bytes: int = 0  # first communicator, outside PyTorch's allocator
+    nccl_deepspeed_bytes: int = 0  # DeepSpeed's further communicators
+    allocation_alignment_bytes: int = 1  # the caching allocator rounds sizes up to this (512 on CUDA)
+    dense_bf16_flops: float = 0.0  # peak FLOP/s, for model FLOPs utilisation
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How `lab sweep` starts points."""
+
+    timeout_s: float = 1800.0  # seconds per point
+    output_dir: str = "outputs"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    micro_batch_size: int = 1  # sequences per rank and forward pass
+    seq_len: int = 256  # tokens per sequence
+    gradient_accumulation_steps: int = 1
+    steps: int = 5  # optimizer steps
+    warmup_steps: int = 0  # optimizer steps of linear learning-rate warm-up
+    max_grad_norm: float | None = None  # null: no clipping
+    compile: bool = False  # torch.compile; memory then not modelled
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, complete and consistent: what `resolve` returns and everything else takes."""
+
+    name: str
+    seed: int
+    world_size: int
+    train: TrainConfig
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig
+    precision: PrecisionConfig
+    checkpointing: CheckpointingConfig
+    attention: AttentionConfig
+    loss: LossConfig
+    quantization: QuantizationConfig
+    adapter: AdapterConfig
+    optimizer: OptimizerConfig
+    engine: EngineConfig
+    measure: MeasureConfig
+    tracker: TrackerConfig
+    hardware: HardwareConfig
+    launch: LaunchConfig
+    choices: dict[str, str] = field(default_factory=dict)  # Hydra's group choices
+    overrides: tuple[str, ...] = ()  # as given on the command line
+
+    @property
+    def dp_degree(self) -> int:
+        """Data-parallel ranks; every strategy of today is data parallel."""
+        return self.world_size
+
+    @property
+    def fsdp_shard_size(self) -> int:
+        """Ranks over which FSDP shards one unit."""
+        if self.parallel.strategy is Strategy.HSDP:
+            return self.parallel.fsdp.shard_size or max(self.world_size // 2, 1)
+        return self.world_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        t = self.train
+        return t.micro_batch_size * t.seq_len * t.gradient_accumulation_steps * self.world_size
