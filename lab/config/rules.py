@@ -32,19 +32,44 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "hardware.device_type": ("cpu", "cuda"),
 }
 
-_POSITIVE = (
-    "model.num_layers model.hidden_size model.intermediate_size model.num_heads model.num_kv_heads model.head_dim "
-    "model.vocab_size model.max_seq_len train.micro_batch_size train.seq_len train.gradient_accumulation_steps "
-    "train.steps data.tokenizer_vocab_size data.max_bytes checkpointing.every_k loss.num_chunks launch.timeout_s "
-    "parallel.ddp.bucket_cap_mb parallel.zero.reduce_bucket_size parallel.zero.allgather_bucket_size "
-    "parallel.zero.sub_group_size model.rope_theta model.norm_eps optimizer.eps"
-).split()
+_POSITIVE = [
+    "model.num_layers",
+    "model.hidden_size",
+    "model.intermediate_size",
+    "model.num_heads",
+    "model.num_kv_heads",
+    "model.head_dim",
+    "model.vocab_size",
+    "model.max_seq_len",
+    "train.micro_batch_size",
+    "train.seq_len",
+    "train.gradient_accumulation_steps",
+    "train.steps",
+    "data.tokenizer_vocab_size",
+    "data.max_bytes",
+    "checkpointing.every_k",
+    "loss.num_chunks",
+    "launch.timeout_s",
+    "parallel.ddp.bucket_cap_mb",
+    "parallel.zero.reduce_bucket_size",
+    "parallel.zero.allgather_bucket_size",
+    "parallel.zero.sub_group_size",
+    "model.rope_theta",
+    "model.norm_eps",
+    "optimizer.eps",
+]
 
-_NOT_NEGATIVE = (
-    "train.warmup_steps optimizer.lr optimizer.weight_decay optimizer.momentum "
-    "parallel.zero.stage3_prefetch_bucket_size parallel.zero.stage3_param_persistence_threshold "
-    "parallel.zero.stage3_max_live_parameters parallel.zero.stage3_max_reuse_distance seed"
-).split()
+_NOT_NEGATIVE = [
+    "train.warmup_steps",
+    "optimizer.lr",
+    "optimizer.weight_decay",
+    "optimizer.momentum",
+    "parallel.zero.stage3_prefetch_bucket_size",
+    "parallel.zero.stage3_param_persistence_threshold",
+    "parallel.zero.stage3_max_live_parameters",
+    "parallel.zero.stage3_max_reuse_distance",
+    "seed",
+]
 
 
 def _get(cfg: RunConfig, path: str) -> object:
@@ -167,7 +192,7 @@ def _strategy(cfg: RunConfig) -> None:
         raise ConfigError("world_size", world, "parallel=single is one process; use parallel=ddp or start one process")
     if strategy is Strategy.HSDP:
         size = cfg.parallel.fsdp.shard_size
-        if world < 2 or world % 2 and size is None:
+        if world < 2 or (world % 2 and size is None):
             raise ConfigError(
                 "world_size", world, "parallel=hsdp needs an even number of ranks, or parallel.fsdp.shard_size"
             )
