@@ -1,0 +1,56 @@
+"""The ``lab`` command: picks the sub-command and turns a user's mistake into one line and exit code 2."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from lab.config.errors import ConfigError
+
+# Sub-command -> (module under lab.cli with run(argv) -> exit code, one line of help).
+COMMANDS: dict[str, tuple[str, str]] = {
+    "predict": ("predict", "prediction only, from the configuration: no torch, no GPU"),
+    "train": ("train", "one run: starts torchrun with world_size processes on this machine"),
+    "sweep": ("sweep", "every point of a study, one torchrun each"),
+    "compare": ("compare", "table of recorded runs: predicted, measured, error, step time"),
+    "validate": ("validate", "error of today's formulas over recorded runs; exit 1 beyond tolerance"),
+    "bundle": ("bundle", "many records into one small file to commit"),
+    "benchmark": ("benchmark", "speed of training, cost of measuring, time of a prediction"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lab COMMAND [OVERRIDES in Hydra's grammar] [OPTIONS]",
+            "",
+            *lines,
+            "",
+            "`lab COMMAND --help` says more. Settings: configs/run.yaml and the folders beside it.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command; returns its exit code (2: the user's mistake, in one line on stderr)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    try:
+        if name not in COMMANDS:
+            raise ConfigError("command", name, f"no such command; one of {', '.join(COMMANDS)}")
+        module = importlib.import_module(f"lab.cli.{COMMANDS[name][0]}")
+        return int(module.run(rest))
+    except ConfigError as error:
+        print(f"lab: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of a pipe left, e.g. `lab compare | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,257 @@
+"""``lab sweep``: every point of a study, one torchrun each, whatever becomes of the single point.
+
+The driver is one process without torch. A point's end is judged by its record, never by torchrun's exit
+code; a run that left no record gets one (`lab.track.recover`). Points already recorded are skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from lab.cli.arguments import Parser
+from lab.cli.points import Point, identity, invalid_identity, study_points
+from lab.cli.process import Launch, clean_environment, threads_per_process, torchrun_command
+from lab.compare import comparison_row
+from lab.config import ConfigError, RunConfig, run_config_from_json
+from lab.config.device import visible_gpu_names
+from lab.record import RunRecord
+from lab.report.table import run_table
+from lab.track import RunFolder, environment, fault_of, new_run_id, recover_record
+from lab.track.bundle import read_records
+from lab.units import gib_text
+from lab.vocab import RunStatus
+
+HELP = """Runs every point of a study, one torchrun each. Points already recorded are skipped; an out-of-memory
+point is a result, and a failed one does not end the sweep. Interrupted points always run again.
+
+  lab sweep experiment=zero_stages
+  lab sweep experiment=zero_stages parallel=zero2,zero3 train.seq_len=128,256
+  lab sweep parallel=ddp,fsdp world_size=2 name=mine
+"""
+_POLL_S = 0.05
+_FAILED = (RunStatus.FAILED, RunStatus.TIMEOUT)
+_RUN_AGAIN = (RunStatus.INTERRUPTED,)  # never finished, through no fault of its own
+
+
+@dataclass
+class _Running:
+    point: Point
+    cfg: RunConfig
+    folder: RunFolder
+    launch: Launch
+    command: list[str]
+    started_at: str
+    gpus: list[str]
+
+
+def run(argv: Sequence[str]) -> int:
+    parser = Parser("sweep", HELP)
+    parser.add_overrides()
+    parser.add_argument("--retry-failed", action="store_true", help="run failed and timed-out points again")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="points at a time; on GPUs only as many as have their own"
+    )
+    arguments = parser.parse(argv)
+    if arguments.jobs < 1:
+        raise ConfigError("--jobs", arguments.jobs, "1 or more")
+    for name in set(os.environ) - set(clean_environment()):
+        del os.environ[name]  # an outer launcher's WORLD_SIZE is not the points'
+    points = study_points(arguments.overrides)
+    valid = [p for p in points if p.cfg is not None]
+    if not valid:  # one mistake in what all points share, not many invalid points
+        raise ConfigError(*_reason_parts(points))
+    signal.signal(signal.SIGTERM, _terminate)
+    return Sweep(points, jobs=arguments.jobs, retry_failed=arguments.retry_failed).run()
+
+
+def _reason_parts(points: Sequence[Point]) -> tuple[str, str, str]:
+    setting, _, rest = (points[0].reason or "").partition("=")
+    value, _, expected = rest.partition(": ")
+    return setting, value, expected
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+class Sweep:
+    """The points of one study, their records and the processes running now."""
+
+    def __init__(self, points: Sequence[Point], jobs: int = 1, retry_failed: bool = False) -> None:
+        self.points = points
+        first = next(p.cfg for p in points if p.cfg is not None)
+        self.study = Path(first.launch.output_dir) / first.name
+        self.jobs = jobs
+        self.recorded = _recorded([self.study])
+        again = (*_RUN_AGAIN, *(_FAILED if retry_failed else ()))
+        self.done = {i for i, (_, r) in self.recorded.items() if r.status not in again}
+        self.running: list[_Running] = []
+        self.finished = 0
+        self.ran = 0
+
+    def run(self) -> int:
+        """Run what is not done; 0 if no point failed, 1 if one did, 130 after Ctrl-C or SIGTERM."""
+        todo = [p for p in self.points if p.identity not in self.done]
+        skipped = [self.recorded[p.identity][1] for p in self.points if p.identity in self.done]
+        failed = sum(r.status in _FAILED for r in skipped)
+        hint = f", {failed} of them failed: --retry-failed runs those again" if failed else ""
+        print(f"{len(self.points)} points, {len(skipped)} already recorded{hint}", flush=True)
+        self.ran = len(todo)
+        try:
+            self._run_all(todo)
+        except KeyboardInterrupt:
+            # A second Ctrl-C must not leave half of the processes behind.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            print("\ninterrupted: stopping what runs", flush=True)
+            for running in list(self.running):
+                running.launch.stop()
+                self._finish(running, RunStatus.INTERRUPTED, "interrupted by Ctrl-C or SIGTERM")
+            self._summary()
+            return 130
+        return self._summary()
+
+    def _run_all(self, todo: list[Point]) -> None:
+        free_gpus = _gpu_ids()
+        queue = list(todo)
+        while queue or self.running:
+            for running in list(self.running):
+                over_time = running.launch.seconds > running.cfg.launch.timeout_s
+                if running.launch.poll(running.folder.record_path):
+                    self._finish(running)
+                elif over_time:
+                    running.launch.stop()
+                    limit = f"no end after {running.cfg.launch.timeout_s:g} s (launch.timeout_s)"
+                    self._finish(running, RunStatus.TIMEOUT, limit)
+                if running not in self.running:
+                    free_gpus += running.gpus
+            # In order: a point that must wait for its GPUs is not overtaken.
+            while queue and len(self.running) < self.jobs:
+                point = queue[0]
+                if point.cfg is None:
+                    self._record_invalid(queue.pop(0))
+                    continue
+                needed = point.cfg.world_size if self.jobs > 1 and _on_gpu(point.cfg) else 0
+                if self.running and needed > len(free_gpus):
+                    break
+                gpus, free_gpus = free_gpus[:needed], free_gpus[needed:]
+                self._start(queue.pop(0), point.cfg, gpus)
+            if self.running:
+                time.sleep(_POLL_S)
+
+    def _start(self, point: Point, cfg: RunConfig, gpus: list[str]) -> None:
+        folder = RunFolder.create(cfg, new_run_id())
+        command = torchrun_command(point.overrides, cfg.world_size, folder.logs_path)
+        extra = {"OMP_NUM_THREADS": threads_per_process(cfg.world_size * self.jobs)}
+        if gpus:
+            extra["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        if self.jobs == 1:
+            print(self._head(point), end=" ", flush=True)
+        launch = Launch(command, folder.run_id, folder.logs_path, extra)
+        self.running.append(_Running(point, cfg, folder, launch, command, _now(), gpus))
+
+    def _finish(self, running: _Running, status: RunStatus | None = None, error: str | None = None) -> None:
+        """Take the run's record, or make one. ``status``: why the driver stopped it."""
+        self.running.remove(running)
+        folder = running.folder
+        record = folder.read_record()
+        if record is None:
+            record = recover_record(folder, running.cfg, running.command, running.started_at, status, error)
+            folder.write_record(record)
+        elif record.status is RunStatus.INTERRUPTED and status is not RunStatus.INTERRUPTED:
+            # Rank 0 only knows that it got SIGTERM: from the driver's time limit, or from torchrun
+            # because another rank died.
+            found, found_error, oom = (status, error, None) if status else fault_of(folder)
+            record.status, record.error, record.oom = found, found_error or error or record.error, oom or record.oom
+            folder.write_record(record)
+        folder.close()
+        self.recorded[running.point.identity] = (str(folder.record_path), record)
+        self._print_result(running.point, record, running.launch.seconds)
+
+    def _record_invalid(self, point: Point) -> None:
+        run_id = new_run_id()
+        folder = RunFolder(self.study / run_id)
+        record = RunRecord(
+            run_id=run_id,
+            name=self.study.name,
+            status=RunStatus.INVALID,
+            started_at=_now(),
+            finished_at=_now(),
+            command=["lab", "sweep", *point.overrides],
+            config={"overrides": list(point.overrides)},
+            environment=environment(),
+            error=point.reason,
+        )
+        folder.write_record(record)
+        self.recorded[point.identity] = (str(folder.record_path), record)
+        if self.jobs == 1:
+            print(self._head(point), end=" ")
+        self._print_result(point, record, 0.0)
+
+    def _head(self, point: Point) -> str:
+        width = max(len(p.label) for p in self.points)
+        return f"[{self.finished + 1:>{len(str(self.ran))}}/{self.ran}] {point.label:<{width}}"
+
+    def _print_result(self, point: Point, record: RunRecord, seconds: float) -> None:
+        row = comparison_row(record)
+        text = f"{record.status.value:<7} {seconds:6.1f} s"
+        if row["measured_allocated_bytes"] is not None and row["predicted_allocated_bytes"] is not None:
+            predicted, measured = row["predicted_allocated_bytes"], row["measured_allocated_bytes"]
+            text += f"  predicted {gib_text(predicted, 4)} measured {gib_text(measured, 4)} GiB"
+        if record.error:
+            text += f"  {record.error}"
+        print(text if self.jobs == 1 else f"{self._head(point)} {text}", flush=True)
+        self.finished += 1
+
+    def _summary(self) -> int:
+        """The table in the study's order, what went wrong, and where the records lie."""
+        found = [self.recorded[p.identity] for p in self.points if p.identity in self.recorded]
+        records = [record for _, record in found]
+        if records:
+            print(f"\n{run_table(records)}")
+        for path, record in found:
+            if record.status is not RunStatus.OK:
+                print(f"{record.status.value}: {' '.join(record.config.get('overrides', []))}: {record.error} ({path})")
+        print(f"\nrecords: {self.study}{os.sep}<run id>{os.sep}record.json   again: lab compare {self.study}")
+        sys.stdout.flush()
+        return 1 if any(r.status in _FAILED for r in records) else 0
+
+
+def _recorded(paths: Sequence[Path]) -> dict[str, tuple[str, RunRecord]]:
+    """Identity -> (path, record) of what is recorded already; of several, the last."""
+    out: dict[str, tuple[str, RunRecord]] = {}
+    for path, record in read_records(p for p in paths if p.is_dir()):
+        if record.status is RunStatus.INVALID:
+            key = invalid_identity(record.config.get("overrides", []))
+        else:
+            try:
+                key = identity(run_config_from_json(record.config))
+            except ConfigError:  # recorded by another version of the schema: not one of today's points
+                continue
+        out[key] = (path, record)
+    return out
+
+
+def _on_gpu(cfg: RunConfig) -> bool:
+    return cfg.hardware.device_type == "cuda"
+
+
+def _gpu_ids() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may hold for a point: this process's own list, or every index."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")]
+    return [str(i) for i in range(len(visible_gpu_names()))]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

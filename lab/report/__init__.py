@@ -1,0 +1,1 @@
+"""Tables from records. Never computes what a record does not hold."""
