@@ -94,7 +94,7 @@ class StepMeasurement:
 
     step: int
     seconds: float
-    loss: float | None
+    loss: float | None = None
     phases: dict[StepPhase, PhaseReading] = field(default_factory=dict)
 
     def peak_bytes(self, reading: str = "peak_allocated_bytes") -> int:

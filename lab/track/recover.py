@@ -21,6 +21,9 @@ _OOM_TEXT = re.compile(r"OutOfMemoryError|CUDA out of memory|out of memory\. Tri
 # A line of a Python traceback that names the exception, e.g. "ValueError: no such file".
 _EXCEPTION = re.compile(r"^(?:\[rank\d+\]:? ?)?(?P<text>[A-Za-z_][\w.]*(?:Error|Exception|Interrupt)\b.*)$")
 
+# torchrun's report of the first worker that died, e.g. "exitcode  : -9 (pid: 77)".
+_SIGNAL = re.compile(r"exitcode\s*:\s*-(\d+)")
+
 
 def fault_of(folder: RunFolder) -> tuple[RunStatus, str | None, dict[str, Any] | None]:
     """(status, one-line error, out-of-memory moment) from what the ranks of a dead run left behind.
@@ -37,16 +40,21 @@ def fault_of(folder: RunFolder) -> tuple[RunStatus, str | None, dict[str, Any] |
 
 
 def last_error_line(logs: Path) -> str | None:
-    """The most telling line of the ranks' stderr: the last exception line, else the last line that is not blank."""
-    fallback: str | None = None
-    oldest_first = sorted(logs.rglob("stderr.log"), key=lambda p: (p.stat().st_mtime_ns, str(p)))
-    for path in oldest_first:  # the rank that died first is the cause; the others only lost their peer
-        lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    """The most telling line: a rank's last exception, else the signal that killed one, else a rank's last line."""
+    # The rank that died first is the cause; the others only lost their peer.
+    by_time = sorted(logs.rglob("stderr.log"), key=lambda p: (p.stat().st_mtime_ns, str(p)))
+    texts = [[line.strip() for line in _text(path).splitlines()] for path in by_time]
+    for lines in texts:
         for line in reversed(lines):
             if found := _EXCEPTION.match(line):
                 return found.group("text")[:500]
-        fallback = fallback or next((line[:500] for line in reversed(lines) if line), None)
-    return fallback
+    if killed := _SIGNAL.search(_text(logs / "torchrun.log")):
+        return f"a rank was killed by signal {killed.group(1)}"
+    return next((line[:500] for lines in texts for line in reversed(lines) if line), None)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def recover_record(
