@@ -134,6 +134,10 @@ class Decoder(nn.Module):
             self._rope[key] = (cos.to(dtype), sin.to(dtype))
         return self._rope[key]
 
+    def cached_tensors(self) -> list[Tensor]:
+        """What lives on the device beside the parameters: the rope tables, once a forward made them."""
+        return [table for pair in self._rope.values() for table in pair]
+
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """tokens, targets int64 [b, s] -> fp32 scalar, the mean cross entropy over b * s tokens."""
         x = self.embedding(tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -27,7 +28,7 @@ def language_model_loss(head: nn.Module, x: Tensor, targets: Tensor, cfg: LossCo
         logits = head(x)
         logits = logits.float()  # drops the half-precision logits before the softmax is made
         return F.cross_entropy(logits, targets)
-    total = x.new_zeros((), dtype=None)
+    total = x.new_zeros((), dtype=torch.float32)
     for x_chunk, target_chunk in zip(x.chunk(cfg.num_chunks), targets.chunk(cfg.num_chunks), strict=True):
         total = total + checkpoint(
             _summed_cross_entropy, head, x_chunk, target_chunk, use_reentrant=False, preserve_rng_state=False

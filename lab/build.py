@@ -1,0 +1,27 @@
+"""build(cfg, device) -> Engine, in one fixed order: meta model, checkpointing, shard and materialise, optimizer."""
+
+from __future__ import annotations
+
+import torch
+
+from lab.config import RunConfig
+from lab.model import Decoder
+from lab.parallel import Engine, build_engine
+from lab.transforms.checkpointing import apply_checkpointing
+from lab.transforms.precision import apply_tf32, parameter_dtype
+
+
+def build_meta_model(cfg: RunConfig) -> Decoder:
+    """The model on the meta device in its parameter dtype: no memory, no values."""
+    with torch.device("meta"):
+        model = Decoder(cfg.model, cfg.attention, cfg.loss)
+    return model.to(parameter_dtype(cfg))
+
+
+def build(cfg: RunConfig, device: torch.device) -> Engine:
+    """Everything that lives on ``device`` before the first step. Needs the process group where one is used."""
+    apply_tf32(cfg, device)
+    torch.manual_seed(cfg.seed)  # dropout; the weights have seeds of their own
+    model = build_meta_model(cfg)
+    apply_checkpointing(model.blocks, cfg)
+    return build_engine(cfg, model, device)

@@ -1,0 +1,41 @@
+"""The optimizer and the learning rate: torch.optim only, with the implementation asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lab.config import OptimizerConfig, RunConfig
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], cfg: OptimizerConfig) -> torch.optim.Optimizer:
+    """One parameter group, weight decay on everything (so that ZeRO keeps one flat partition).
+
+    ``implementation``: fused | foreach | for_loop, the flags of torch.optim. Fused keeps AdamW's step
+    counters on the device (4 bytes per tensor), the others on the host.
+    """
+    common: dict[str, Any] = {
+        "lr": cfg.lr,
+        "weight_decay": cfg.weight_decay,
+        "fused": cfg.implementation == "fused",
+        "foreach": cfg.implementation == "foreach",
+    }
+    params = list(parameters)
+    if cfg.kind == "sgd":
+        return torch.optim.SGD(params, momentum=cfg.momentum, **common)
+    return torch.optim.AdamW(params, betas=cfg.betas, eps=cfg.eps, **common)
+
+
+def learning_rate(cfg: RunConfig, step: int) -> float:
+    """Learning rate of optimizer step ``step`` (from 0): linear warm-up, then constant."""
+    warmup = cfg.train.warmup_steps
+    return cfg.optimizer.lr * min(1.0, (step + 1) / warmup) if warmup else cfg.optimizer.lr
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Plain host-side floats: no device tensor is added."""
+    for group in optimizer.param_groups:
+        group["lr"] = value

@@ -1,0 +1,131 @@
+"""fsdp, fsdp_grad_op, hsdp: PyTorch's FSDP2 (``fully_shard``), one unit per block and the root unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lab.config import RunConfig
+from lab.optim import build_optimizer, learning_rate, set_learning_rate
+from lab.parallel.engine import LiveTensor, cached_tensors, optimizer_state_tensors
+from lab.parallel.materialise import initial_value, slots
+from lab.transforms.precision import compute_dtype, grad_scaler
+from lab.vocab import MemoryCategory, Precision, Strategy
+
+
+def device_mesh(cfg: RunConfig, device: torch.device) -> DeviceMesh:
+    """1-d mesh to shard over; hsdp: (replicate, shard), neighbouring ranks shard together."""
+    if cfg.parallel.strategy is Strategy.HSDP:
+        size = cfg.fsdp_shard_size
+        return init_device_mesh(device.type, (cfg.world_size // size, size), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device.type, (cfg.world_size,), mesh_dim_names=("shard",))
+
+
+def mixed_precision_policy(cfg: RunConfig) -> MixedPrecisionPolicy:
+    """Parameters are gathered in the compute dtype; gradients reduced in fp32 or in that dtype."""
+    if cfg.precision.kind in (Precision.FP32, Precision.BF16_PURE):
+        return MixedPrecisionPolicy()
+    reduce_dtype = torch.float32 if cfg.parallel.fsdp.reduce_dtype == "fp32" else None
+    return MixedPrecisionPolicy(param_dtype=compute_dtype(cfg), reduce_dtype=reduce_dtype)
+
+
+class FSDPEngine:
+    """Sharded fp32 (bf16_pure: bf16) parameters, gradients and states; whole parameters while a unit runs."""
+
+    def __init__(self, cfg: RunConfig, model: nn.Module, device: torch.device) -> None:
+        self.cfg, self.device = cfg, device
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        self.model = _shard(cfg, model, device)
+        _initialise_shards(cfg, self.model, device)
+        # The sharded parameters, kept here because a gathered unit shows its whole ones instead.
+        self.shards = [p for p in self.model.parameters() if isinstance(p, DTensor)]
+        self.optimizer = build_optimizer(self.model.parameters(), cfg.optimizer)
+        self.scaler = grad_scaler(cfg, device)
+        self._step = 0
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = self.model(tokens, targets)
+        return loss
+
+    def backward(self, loss: Tensor, last_micro_step: bool) -> None:
+        # Every micro-step reduce-scatters, FSDP2's default: gradients accumulate sharded, N times smaller.
+        # set_requires_gradient_sync(False) before the last would keep whole fp32 gradients instead.
+        if (steps := self.cfg.train.gradient_accumulation_steps) > 1:
+            loss = loss / steps
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
+
+    def optimizer_step(self) -> None:
+        set_learning_rate(self.optimizer, learning_rate(self.cfg, self._step))
+        self._step += 1
+        if self.scaler:
+            # Always unscaled here: the fused optimizers take a plain tensor as scale and have DTensors
+            # for parameters. unscale_ agrees over ranks on infinities (DTensor's found_inf reduction).
+            self.scaler.unscale_(self.optimizer)
+        if self.cfg.train.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.train.max_grad_norm)
+        if self.scaler:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def live_tensors(self) -> Iterator[LiveTensor]:
+        for shard in self.shards:
+            yield MemoryCategory.PARAMETERS, _local(shard)
+            if shard.grad is not None:
+                yield MemoryCategory.GRADIENTS, _local(shard.grad)
+        for parameter in self.model.parameters():  # whole ones, in units that are gathered now
+            if not isinstance(parameter, DTensor):
+                yield MemoryCategory.GATHERED_PARAMETERS, parameter.data
+                if parameter.grad is not None:
+                    yield MemoryCategory.GRADIENTS, parameter.grad
+        for tensor in optimizer_state_tensors(self.optimizer, self.device):
+            yield MemoryCategory.OPTIMIZER_STATES, _local(tensor)
+        yield from cached_tensors(self.model)
+
+    def close(self) -> None:
+        self.zero_grad()
+        self.optimizer.state.clear()
+        self.shards = []
+        self.model = nn.Module()
+
+
+def _shard(cfg: RunConfig, model: nn.Module, device: torch.device) -> nn.Module:
+    mesh, policy = device_mesh(cfg, device), mixed_precision_policy(cfg)
+    reshard = cfg.parallel.strategy is not Strategy.FSDP_GRAD_OP
+    blocks = model.get_submodule("blocks")
+    for block in blocks.children():
+        if cfg.train.compile:  # the forward only: FSDP's hooks stay outside the graph
+            block.forward = torch.compile(block.forward)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    # The root (embedding, final norm, head) keeps FSDP2's default: gathered from forward to backward.
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def _initialise_shards(cfg: RunConfig, model: nn.Module, device: torch.device) -> None:
+    """Allocate the local shards and cut each whole initial parameter to size, without communication."""
+    tied = slots(model)  # before to_empty, which makes a new tensor for every place
+    model.to_empty(device=device)
+    for slot in tied:
+        module, leaf = slot.places[0]
+        slot.put(getattr(module, leaf))
+        parameter = slot.parameter
+        if not isinstance(parameter, DTensor):
+            raise TypeError(f"{slot.name}: not sharded by fully_shard")
+        value = initial_value(slot, cfg.seed, cfg.model.num_layers, device).to(parameter.dtype)
+        cut = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        with torch.no_grad():
+            parameter.to_local().copy_(cut.to_local())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

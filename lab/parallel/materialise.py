@@ -1,0 +1,78 @@
+"""Initial weights that depend on the seed and the parameter's name only.
+
+Every strategy and world size starts from the same weights: each parameter is drawn whole, in fp32, on
+the target device, from a generator of its own, then cast and (where sharded) cut. One whole parameter
+at a time exists besides the model, at build only.
+
+Scheme (GPT-2, Radford 2019, section 2.3; as in nanoGPT): normal with deviation 0.02, the projections
+that write into the residual stream 0.02 / sqrt(2 * num_layers); norms 1, biases 0.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+RESIDUAL_PROJECTIONS = ("o_proj", "down_proj")
+STANDARD_DEVIATION = 0.02
+
+
+@dataclass
+class Slot:
+    """One parameter and every place in the module tree that holds it (two with a tied head)."""
+
+    name: str
+    parameter: nn.Parameter
+    places: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    def put(self, parameter: nn.Parameter) -> None:
+        """Replace the parameter everywhere; ties stay ties."""
+        self.parameter = parameter
+        for module, leaf in self.places:
+            setattr(module, leaf, parameter)
+
+
+def slots(model: nn.Module) -> list[Slot]:
+    """The model's parameters in the order of ``named_parameters``, aliases joined."""
+    found: dict[int, Slot] = {}
+    for prefix, module in model.named_modules(remove_duplicate=True):
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            found.setdefault(id(parameter), Slot(name, parameter)).places.append((module, leaf))
+    return list(found.values())
+
+
+def initial_value(slot: Slot, seed: int, num_layers: int, device: torch.device) -> Tensor:
+    """The whole parameter in fp32 on ``device``. Raises TypeError for a module kind it does not know."""
+    module, leaf = slot.places[0]
+    shape = slot.parameter.shape
+    if isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
+        return torch.ones(shape, device=device) if leaf == "weight" else torch.zeros(shape, device=device)
+    if not isinstance(module, (nn.Linear, nn.Embedding)):
+        raise TypeError(f"{slot.name}: no initialisation for a parameter of {type(module).__name__}")
+    if leaf == "bias":
+        return torch.zeros(shape, device=device)
+    deviation = STANDARD_DEVIATION
+    if any(part in RESIDUAL_PROJECTIONS for part in slot.name.split(".")):
+        deviation /= math.sqrt(2 * num_layers)
+    generator = torch.Generator(device).manual_seed(((seed & 0x7FFFFFFF) << 32) | zlib.crc32(slot.name.encode()))
+    return torch.empty(shape, device=device).normal_(0.0, deviation, generator=generator)
+
+
+def materialise(
+    model: nn.Module, seed: int, num_layers: int, device: torch.device, only: set[int] | None = None
+) -> Iterator[Slot]:
+    """Replace meta parameters by whole, initialised ones in their own dtype, yielding each when it is there.
+
+    ``only`` restricts to these parameters (by ``id``): ZeRO-3 partitions a block before the next one exists.
+    """
+    for slot in slots(model):
+        if slot.parameter.is_meta and (only is None or id(slot.parameter) in only):
+            value = initial_value(slot, seed, num_layers, device).to(slot.parameter.dtype)
+            slot.put(nn.Parameter(value, requires_grad=slot.parameter.requires_grad))
+            yield slot

@@ -1,0 +1,96 @@
+"""single and ddp: every rank holds the whole model; ddp all-reduces gradients in buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lab.config import RunConfig
+from lab.optim import build_optimizer, learning_rate, set_learning_rate
+from lab.parallel.engine import LiveTensor, cached_tensors, optimizer_state_tensors, parameters_and_gradients
+from lab.parallel.materialise import materialise
+from lab.transforms.precision import autocast, grad_scaler
+from lab.vocab import MemoryCategory, Strategy
+
+
+class ReplicatedEngine:
+    """Weights as they are, autocast around forward in mixed precision, torch.optim.
+
+    DDP's reduction buckets live in C++. With ``gradient_as_bucket_view`` the gradients are views of them
+    and count as gradients; without, no Python object refers to them and they stay unattributed.
+    """
+
+    def __init__(self, cfg: RunConfig, model: nn.Module, device: torch.device) -> None:
+        self.cfg, self.device = cfg, device
+        for _ in materialise(model, cfg.seed, cfg.model.num_layers, device):
+            pass
+        if cfg.train.compile:  # before DDP, whose hooks stay outside the compiled graph
+            model.forward = torch.compile(model.forward)
+        self.decoder = model  # without DDP around it
+        self.parameters = list(model.parameters())
+        self.num_parameters = sum(p.numel() for p in self.parameters)
+        self.model: nn.Module = _ddp(cfg, model, device) if cfg.parallel.strategy is Strategy.DDP else model
+        self.optimizer = build_optimizer(self.parameters, cfg.optimizer)
+        self.scaler = grad_scaler(cfg, device)
+        self._micro_step = self._step = 0
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        # DDP decides in forward whether the coming backward reduces: only that of the last micro-step.
+        self._micro_step += 1
+        last = self._micro_step % self.cfg.train.gradient_accumulation_steps == 0
+        keep_local = isinstance(self.model, DistributedDataParallel) and not last
+        with self.model.no_sync() if keep_local else nullcontext(), autocast(self.cfg, self.device):
+            loss: Tensor = self.model(tokens, targets)
+        return loss
+
+    def backward(self, loss: Tensor, last_micro_step: bool) -> None:
+        if (steps := self.cfg.train.gradient_accumulation_steps) > 1:
+            loss = loss / steps
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
+
+    def optimizer_step(self) -> None:
+        set_learning_rate(self.optimizer, learning_rate(self.cfg, self._step))
+        self._step += 1
+        if self.cfg.train.max_grad_norm is not None:
+            if self.scaler:
+                self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.cfg.train.max_grad_norm)
+        if self.scaler:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def live_tensors(self) -> Iterator[LiveTensor]:
+        yield from parameters_and_gradients(self.parameters)
+        for tensor in optimizer_state_tensors(self.optimizer, self.device):
+            yield MemoryCategory.OPTIMIZER_STATES, tensor
+        yield from cached_tensors(self.decoder)
+
+    def close(self) -> None:
+        self.zero_grad()
+        self.optimizer.state.clear()
+        self.parameters = []
+        self.model = self.decoder = nn.Module()
+
+
+def _ddp(cfg: RunConfig, model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    options = cfg.parallel.ddp
+    # True is the default of every version; torch 2.13 warns where it is passed.
+    buffers: dict[str, Any] = {} if options.broadcast_buffers else {"broadcast_buffers": False}
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        bucket_cap_mb=options.bucket_cap_mb,
+        gradient_as_bucket_view=options.gradient_as_bucket_view,
+        static_graph=options.static_graph,
+        **buffers,
+    )
