@@ -94,7 +94,7 @@ def _words(line: str | list[str]) -> list[str]:
 
 
 def _dimensions(overrides: Sequence[str]) -> dict[str, _Dimension]:
-    """Parse with Hydra's own grammar. A setting given twice: the last one counts, as on Hydra's command line."""
+    """Parse with Hydra's own grammar. Raises ConfigError for what it does not take and for a setting given twice."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -106,7 +106,8 @@ def _dimensions(overrides: Sequence[str]) -> dict[str, _Dimension]:
             sweep = list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else None
         except (HydraException, NotImplementedError) as error:
             raise ConfigError("override", text, f"KEY=VALUE or KEY=A,B in Hydra's grammar: {error}") from None
-        out.pop(parsed.key_or_group, None)
+        if parsed.key_or_group in out:
+            raise ConfigError(parsed.key_or_group, value, "given twice; keep one, or write both as KEY=A,B")
         out[parsed.key_or_group] = {value: text} if sweep is None else {v: f"{written}={v}" for v in sweep}
     return out
 
