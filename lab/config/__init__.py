@@ -4,8 +4,10 @@
 before any process group, GPU or file is touched. Nothing here imports torch.
 """
 
+from lab.config.compose import compose_config
 from lab.config.errors import ConfigError
-from lab.config.load import CONFIG_DIR, compose_config, load, resolve, run_config_from_json, to_json
+from lab.config.known import CONFIG_DIR
+from lab.config.load import load, resolve, run_config_from_json, to_json
 from lab.config.schema import (
     AdapterConfig,
     AttentionConfig,

@@ -1,100 +1,25 @@
 """Every rule that one setting alone cannot check. Each violation is one ConfigError.
 
-Kept in one place and in reading order: model, training, data, device, precision, attention,
-checkpointing, loss, optimizer, strategy.
+In reading order: model, training, data, measuring, precision, attention, loss, optimizer and checkpointing,
+strategy. What a single setting may be is in ``lab.config.limits``.
 """
 
 from __future__ import annotations
 
 import glob
-import re
-from pathlib import Path
+import os
+from importlib.util import find_spec
 
 from lab.config.errors import ConfigError
+from lab.config.limits import check_limits
 from lab.config.schema import RunConfig
 from lab.vocab import AttentionBackend, Checkpointing, Precision, Strategy
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "model.norm": ("rmsnorm", "layernorm"),
-    "model.mlp": ("swiglu", "gelu"),
-    "model.position": ("rope", "learned"),
-    "data.kind": ("python_stdlib", "text", "hf"),
-    "parallel.fsdp.reduce_dtype": ("fp32", "param"),
-    "loss.kind": ("cross_entropy", "chunked"),
-    "quantization.kind": ("none",),
-    "adapter.kind": ("none",),
-    "optimizer.kind": ("adamw", "sgd"),
-    "optimizer.implementation": ("foreach", "fused", "for_loop"),
-    "engine.kind": ("native",),
-    "measure.level": ("off", "counters", "ledger", "snapshot"),
-    "tracker.kind": ("wandb", "none"),
-    "tracker.mode": ("auto", "offline", "online"),
-    "hardware.device_type": ("cpu", "cuda"),
-}
-
-_POSITIVE = [
-    "model.num_layers",
-    "model.hidden_size",
-    "model.intermediate_size",
-    "model.num_heads",
-    "model.num_kv_heads",
-    "model.head_dim",
-    "model.vocab_size",
-    "model.max_seq_len",
-    "train.micro_batch_size",
-    "train.seq_len",
-    "train.gradient_accumulation_steps",
-    "train.steps",
-    "data.tokenizer_vocab_size",
-    "data.max_bytes",
-    "checkpointing.every_k",
-    "loss.num_chunks",
-    "launch.timeout_s",
-    "parallel.ddp.bucket_cap_mb",
-    "parallel.zero.reduce_bucket_size",
-    "parallel.zero.allgather_bucket_size",
-    "parallel.zero.sub_group_size",
-    "model.rope_theta",
-    "model.norm_eps",
-    "optimizer.eps",
-]
-
-_NOT_NEGATIVE = [
-    "train.warmup_steps",
-    "optimizer.lr",
-    "optimizer.weight_decay",
-    "optimizer.momentum",
-    "parallel.zero.stage3_prefetch_bucket_size",
-    "parallel.zero.stage3_param_persistence_threshold",
-    "parallel.zero.stage3_max_live_parameters",
-    "parallel.zero.stage3_max_reuse_distance",
-    "seed",
-]
-
-
-def _get(cfg: RunConfig, path: str) -> object:
-    value: object = cfg
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def check_rules(cfg: RunConfig) -> None:
     """Raise ConfigError for the first rule that ``cfg`` breaks."""
-    for path, options in _CHOICES.items():
-        if (value := _get(cfg, path)) not in options:
-            raise ConfigError(path, value, f"expected one of {', '.join(options)}")
-    for path in _POSITIVE:
-        value = _get(cfg, path)
-        if not isinstance(value, (int, float)) or not value > 0:
-            raise ConfigError(path, value, "must be positive")
-    for path in _NOT_NEGATIVE:
-        value = _get(cfg, path)
-        if not isinstance(value, (int, float)) or not value >= 0:
-            raise ConfigError(path, value, "must not be negative")
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", cfg.name):
-        raise ConfigError("name", cfg.name, "letters, digits, '.', '_' and '-' only: it names a folder")
-    for rule in (_model, _train, _data, _precision, _attention, _loss_and_optimizer, _strategy):
+    check_limits(cfg)
+    for rule in (_model, _train, _data, _measure, _precision, _attention, _loss_and_optimizer, _strategy):
         rule(cfg)
 
 
@@ -138,10 +63,18 @@ def _data(cfg: RunConfig) -> None:
     if d.kind == "text":
         if not d.path:
             raise ConfigError("data.path", d.path, "a glob of text files, needed with data=text")
-        if not any(Path(p).is_file() for p in glob.iglob(d.path, recursive=True)):
+        if not any(os.path.isfile(p) for p in glob.iglob(d.path, recursive=True)):
             raise ConfigError("data.path", d.path, "matches no file")
-    if d.kind == "hf" and not d.path:
-        raise ConfigError("data.path", d.path, "a dataset id or folder, needed with data=hf")
+    if d.kind == "hf":
+        if not d.path:
+            raise ConfigError("data.path", d.path, "a dataset id or folder, needed with data=hf")
+        if find_spec("datasets") is None:
+            raise ConfigError("data", "hf", 'needs the datasets library: pip install -e ".[hf]"')
+
+
+def _measure(cfg: RunConfig) -> None:
+    if cfg.measure.level == "snapshot" and cfg.hardware.device_type == "cpu":
+        raise ConfigError("measure", "snapshot", "needs a GPU's caching allocator; on a CPU use measure=ledger")
 
 
 def _precision(cfg: RunConfig) -> None:

@@ -50,8 +50,9 @@ def test_stream_decodes_to_the_corpus(text_data: DataConfig) -> None:
     assert texts == open_corpus(text_data).read()
 
 
-def test_long_documents_are_cut_and_joined_without_loss(tmp_path: Path) -> None:
-    text = "".join(f"{n} words and more words\n" for n in range(6000)) + "x" * 80_000
+def test_long_documents_are_cut_and_joined_without_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lab.data.tokens._PIECE_CHARS", 1000)
+    text = "".join(f"{n} words and more words\n" for n in range(300)) + "x" * 5000
     (tmp_path / "long.txt").write_text(text)
     data = DataConfig(kind="text", path=str(tmp_path / "long.txt"), tokenizer_vocab_size=300, cache_dir=str(tmp_path))
     tokens = token_stream(data)
