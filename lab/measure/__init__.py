@@ -11,13 +11,35 @@ from lab.config import RunConfig
 from lab.measure.backend import make_backend
 from lab.measure.cpu_tracker import StorageTracker
 from lab.measure.gather import gather
-from lab.measure.phases import AllocatorMeter, Meter
+from lab.measure.ledger import Ledger
+from lab.measure.meter import LiveTensors, Meter
+from lab.measure.phases import AllocatorMeter
+from lab.vocab import Checkpointing
 
-__all__ = ["AllocatorMeter", "Meter", "StorageTracker", "gather", "make_meter"]
+__all__ = ["AllocatorMeter", "Ledger", "LiveTensors", "Meter", "StorageTracker", "gather", "make_meter"]
 
 
 def make_meter(cfg: RunConfig, device: torch.device, rank: int, local_rank: int) -> Meter:
-    """The meter that ``cfg.measure`` asks for."""
-    if cfg.measure.level == "off":
+    """The meter that ``cfg.measure`` asks for: off, or counters with ledgers and a snapshot where wanted."""
+    level, steps = cfg.measure.level, cfg.train.steps
+    if level == "off":
         return Meter(rank, local_rank)
-    return AllocatorMeter(make_backend(device), device, rank, local_rank)
+    ledger_steps = range(steps) if level == "ledger" else frozenset(s % steps for s in cfg.measure.ledger_steps)
+    backend = make_backend(device)
+    if cfg.train.compile and ledger_steps:
+        backend.notes.append("train.compile: no ledgers, since hooks on saved tensors would compile another graph")
+        ledger_steps = frozenset()
+    workspaces = (cfg.hardware.cublas_workspace_bytes, cfg.hardware.cublaslt_workspace_bytes)
+    ledger = Ledger(cfg.model.vocab_size, workspaces, cfg.checkpointing.kind is Checkpointing.SELECTIVE)
+    widths = (cfg.model.hidden_size, cfg.model.intermediate_size, cfg.model.num_heads * cfg.model.head_dim)
+    if cfg.model.vocab_size in widths:
+        backend.notes.append("model.vocab_size equals another width: its activations count as logits_and_loss")
+    return AllocatorMeter(
+        backend,
+        device,
+        rank,
+        local_rank,
+        ledger=ledger if ledger_steps else None,
+        ledger_steps=ledger_steps,
+        snapshot_step=steps - 1 if level == "snapshot" else None,
+    )

@@ -7,13 +7,18 @@ its counters move when a tensor is made or dropped, not when the GPU gets there.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
+from lab.measure.census import Census, cpu_census, cuda_census
 from lab.measure.cpu_tracker import StorageTracker
+from lab.measure.timing import Clock
+
+_SETTLE_SECONDS = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +35,8 @@ class Counters:
     num_ooms: int = 0
 
 
-class Backend(Protocol):
-    """What the meter needs of a device. ``mark`` and ``elapsed`` time without waiting for the device."""
+class Backend(Clock, Protocol):
+    """What the meter needs of a device."""
 
     source: str  # RankMeasurement.source
     device_name: str
@@ -41,9 +46,8 @@ class Backend(Protocol):
     def stop(self) -> None: ...
     def read(self) -> Counters: ...
     def reset_peak(self) -> None: ...
-    def mark(self) -> Any: ...
-    def elapsed(self, begin: Any, end: Any, wait: bool) -> float | None: ...
-    def reuse(self, mark: Any) -> None: ...
+    def register(self, tensors: Iterable[Tensor]) -> int: ...
+    def census(self) -> Census: ...
 
 
 class CudaBackend:
@@ -81,6 +85,13 @@ class CudaBackend:
     def reset_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.index)
 
+    def register(self, tensors: Iterable[Tensor]) -> int:
+        """The allocator knows every tensor."""
+        return 0
+
+    def census(self) -> Census:
+        return cuda_census(self.index)
+
     def mark(self) -> Any:
         event = self._events.pop() if self._events else torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.index))
@@ -110,7 +121,6 @@ class CpuBackend:
             "on a CPU there is no caching allocator: active and reserved are the allocated bytes, which a dispatch "
             "mode counts by storage; memory that a kernel takes and frees inside one operation is not seen"
         ]
-        self._clock: Callable[[], float] = time.perf_counter
 
     def start(self) -> None:
         self.tracker.start()
@@ -119,14 +129,25 @@ class CpuBackend:
         self.tracker.stop()
 
     def read(self) -> Counters:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # gloo's worker threads still hold the last collective's tensors when its wait returns and need
+            # the interpreter's lock to drop them. Without a pause the reading depends on the scheduler.
+            time.sleep(_SETTLE_SECONDS)
         now, peak = self.tracker.current_bytes, self.tracker.peak_bytes
         return Counters(now, peak, now, peak, now, peak)
 
     def reset_peak(self) -> None:
         self.tracker.reset_peak()
 
+    def register(self, tensors: Iterable[Tensor]) -> int:
+        """Tensors that must be live; returns the bytes among them that the tracker had not seen."""
+        return self.tracker.register(tensors)
+
+    def census(self) -> Census:
+        return cpu_census(self.tracker)
+
     def mark(self) -> Any:
-        return self._clock()
+        return time.perf_counter()
 
     def elapsed(self, begin: Any, end: Any, wait: bool) -> float | None:
         return float(end - begin)

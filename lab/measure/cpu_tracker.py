@@ -10,6 +10,7 @@ tracker runs. The same rules as ``torch.distributed._tools.MemTracker``, which t
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -35,12 +36,15 @@ def local_storages(tensor: Tensor) -> Iterator[Any]:
 
 
 class StorageTracker:
-    """Current and peak bytes of live CPU storages. Not for several threads at once."""
+    """Current and peak bytes of live CPU storages, as one thread sees them."""
 
     def __init__(self) -> None:
-        self.current_bytes = 0
         self.peak_bytes = 0
+        self._current = 0
         self._live: dict[int, tuple[int, Any]] = {}  # StorageImpl address -> bytes, weak reference
+        # A storage may die on another thread (gloo's workers drop a collective's tensors when they get to it).
+        # There only this deque is touched, whose append is atomic; the tracker's own thread does the arithmetic.
+        self._died: deque[int] = deque()
         self._mode: _Mode | None = None
         self._original_resize: Any = None
 
@@ -68,6 +72,12 @@ class StorageTracker:
         self._mode = None
         torch.UntypedStorage.resize_ = self._original_resize
 
+    @property
+    def current_bytes(self) -> int:
+        while self._died:
+            self._current -= self._died.popleft()
+        return self._current
+
     def reset_peak(self) -> None:
         self.peak_bytes = self.current_bytes
 
@@ -82,9 +92,9 @@ class StorageTracker:
         for storage in local_storages(tensor):
             self._see(storage)
 
-    def storages(self) -> list[Any]:
-        """The live storages, for a count by someone else."""
-        return [s for _, ref in list(self._live.values()) if (s := ref()) is not None]
+    def sizes(self) -> dict[int, int]:
+        """Bytes of every live storage, by the address of its StorageImpl (``_cdata``)."""
+        return {key: size for key, (size, _) in list(self._live.items())}
 
     def _see(self, storage: Any) -> None:
         key = storage._cdata
@@ -94,18 +104,19 @@ class StorageTracker:
             if size == entry[0]:
                 return
             self._live[key] = (size, entry[1])
-            self.current_bytes += size - entry[0]
+            change = size - entry[0]
         else:
             if storage.device.type != "cpu" or not storage.resizable():
                 return  # meta and fake tensors; memory lent by numpy or a file, which no allocator of torch's made
             size = storage.nbytes()
             self._live[key] = (size, weakref.ref(storage, partial(self._gone, key)))
-            self.current_bytes += size
-        if self.current_bytes > self.peak_bytes:
-            self.peak_bytes = self.current_bytes
+            change = size
+        current = self._current = self.current_bytes + change
+        if current > self.peak_bytes:
+            self.peak_bytes = current
 
     def _gone(self, key: int, _: Any) -> None:
-        self.current_bytes -= self._live.pop(key)[0]
+        self._died.append(self._live.pop(key)[0])
 
 
 class _Mode(TorchDispatchMode):  # type: ignore[misc]

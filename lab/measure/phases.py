@@ -1,80 +1,33 @@
 """The meter: a step's phases, the allocator's counters at their ends, the peaks inside them, their time.
 
 At the start of a phase the allocator's peak is reset, at its end the counters are read: host-side calls
-of some tens of microseconds, no wait for the device. Times are CUDA events, read when the device has
-passed them.
+of some tens of microseconds, no wait for the device. A ledger step does more and takes longer, so its
+times stand apart; the counters it reads are those of any other step.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import platform
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
-from lab.measure.backend import Backend, Counters
+from lab.measure.backend import Backend, Counters, CudaBackend
+from lab.measure.census import by_size
 from lab.measure.device_use import DeviceUse, HostUse
+from lab.measure.ledger import Ledger, LedgerReading
+from lab.measure.meter import LiveTensors, Meter
+from lab.measure.snapshot import record_snapshot
+from lab.measure.timing import StepTimes
 from lab.record import PhaseReading, RankMeasurement, StepMeasurement
 from lab.vocab import MemoryCategory, StepPhase
 
-LiveTensors = Callable[[], Iterable[tuple[MemoryCategory, Tensor]]]
-
-
-class Meter:
-    """With measure=off: remembers where the run is and does nothing else."""
-
-    def __init__(self, rank: int, local_rank: int) -> None:
-        self.current_phase: StepPhase | None = StepPhase.BUILD  # after an exception: the phase it came from
-        self.current_step = -1  # -1 while building
-        self.on_step: Callable[[StepMeasurement], None] | None = None
-        self.snapshot_dir: Any = None  # folder for level=snapshot; set by whoever knows the run's folder
-        self._result = RankMeasurement(rank, local_rank, platform.node(), "cpu", "off")
-
-    def start(self) -> None:
-        """Before the model is built."""
-
-    def set_live_tensors(self, live_tensors: LiveTensors) -> None:
-        """Who knows which live tensor belongs to which category (engine, data, loop); asked at ledgers."""
-
-    def build_done(self) -> None:
-        """After the engine is built, before the first step."""
-        self.current_phase = None
-
-    @contextmanager
-    def step(self, index: int) -> Iterator[None]:
-        """One optimizer step."""
-        self.current_step = index
-        yield
-
-    @contextmanager
-    def phase(self, phase: StepPhase) -> Iterator[None]:
-        """One phase of the step; entered once per micro-step for forward and backward."""
-        self.current_phase = phase
-        yield
-        self.current_phase = None
-
-    def now(self) -> PhaseReading | None:
-        """The counters at this moment, for the record of an OOM."""
-        return None
-
-    @property
-    def unfinished_step(self) -> StepMeasurement | None:
-        """The phases so far of a step that an exception ended."""
-        return None
-
-    def measurement(self) -> RankMeasurement:
-        """Everything measured so far; complete steps only. Callable at any time, also after a fault."""
-        return self._result
-
-    def stop(self) -> None:
-        """After the last step; further calls do nothing."""
-
 
 class AllocatorMeter(Meter):
-    """Counters of every phase of every step; ledgers and snapshots where the configuration asks for them."""
+    """Counters of every phase of every step; ledgers and a snapshot at the steps that are named."""
 
     def __init__(
         self,
@@ -82,19 +35,24 @@ class AllocatorMeter(Meter):
         device: torch.device,
         rank: int,
         local_rank: int,
+        ledger: Ledger | None = None,
+        ledger_steps: Collection[int] = (),
+        snapshot_step: int | None = None,
     ) -> None:
         super().__init__(rank, local_rank)
-        self._backend = backend
+        self._backend, self._times = backend, StepTimes(backend)
         self._device_use, self._host_use = DeviceUse(device), HostUse()
+        notes = [*backend.notes, *self._device_use.notes]
         self._result = RankMeasurement(
-            rank, local_rank, platform.node(), backend.device_name, backend.source, notes=[*backend.notes]
+            rank, local_rank, platform.node(), backend.device_name, backend.source, notes=notes
         )
-        self._result.notes += self._device_use.notes
+        self._ledger, self._ledger_steps, self._snapshot_step = ledger, ledger_steps, snapshot_step
+        self._live_tensors: LiveTensors = list
+        self._readings: dict[StepPhase, LedgerReading] = {}  # of the newest step with a ledger
+        self._readings_step = -1
         self._step: StepMeasurement | None = None
-        self._marks: list[tuple[StepPhase, Any, Any]] = []
-        self._untimed: list[_Untimed] = []
+        self._base = Counters(0, 0, 0, 0, 0, 0)  # at the last phase's end: retries and OOMs are counted for ever
         self._running = False
-        self._base = Counters(0, 0, 0, 0, 0, 0)  # of the phase: the counts of retries and OOMs grow for ever
 
     def start(self) -> None:
         self._running = True
@@ -102,47 +60,55 @@ class AllocatorMeter(Meter):
         self._backend.reset_peak()
         self._base = self._backend.read()
 
+    def set_live_tensors(self, live_tensors: LiveTensors) -> None:
+        self._live_tensors = live_tensors
+
+    def claim(self, category: MemoryCategory, tensor: Tensor) -> None:
+        if ledger := self._ledger_now():
+            ledger.claim(category, tensor)
+
     def build_done(self) -> None:
-        reading = PhaseReading()
-        _take(reading, self._base, self._backend.read())
-        self._read_uses(reading)
-        self._result.build = reading
+        self._result.build = PhaseReading()
+        self._close(StepPhase.BUILD, self._result.build, self._ledger)
+        self._read_uses(self._result.build)
         self.current_phase = None
 
     @contextmanager
     def step(self, index: int) -> Iterator[None]:
         self.current_step = index
         step = self._step = StepMeasurement(index, 0.0, None)
-        self._marks = []
-        begin = self._backend.mark()
-        yield  # an exception leaves self._step behind, as the unfinished step
-        end = self._backend.mark()
+        if ledger := self._ledger_now():
+            self._readings, self._readings_step = {}, index
+        self._times.begin_step()
+        with self._snapshot() if index == self._snapshot_step else nullcontext():
+            yield  # an exception leaves self._step behind
         if step.phases:
-            self._read_uses(step.phases[list(step.phases)[-1]])
+            self._read_uses(list(step.phases.values())[-1])
+        if ledger is not None:
+            ledger.settle_workspaces(list(self._readings.values()))
+            for phase, reading in self._readings.items():
+                step.phases[phase].unattributed_bytes = reading.unattributed_bytes
         self._step = None
-        self._untimed.append(_Untimed(step, begin, end, self._marks))
-        self._time_steps(wait=False)
+        self._times.end_step(step)
+        self._hand_out(wait=False)
 
     @contextmanager
     def phase(self, phase: StepPhase) -> Iterator[None]:
         self.current_phase = phase
-        backend = self._backend
+        backend, step, ledger = self._backend, self._step, self._ledger_now()
         backend.reset_peak()
         begin = backend.mark()
-        base = self._base
-        finished = False
+        failed = True
         try:
-            yield
-            finished = True
+            with ledger.watch_forward() if ledger and phase is StepPhase.FORWARD else nullcontext():
+                yield
+            failed = False
         finally:
-            counters = backend.read()
-            self._base = counters
-            step = self._step
+            end = backend.mark()
             if step is not None:
-                _take(step.phases.setdefault(phase, PhaseReading()), base, counters)
-                self._marks.append((phase, begin, backend.mark()))
-        if finished:
-            self.current_phase = None
+                self._times.add_phase(phase, begin, end)
+                self._close(phase, step.phases.setdefault(phase, PhaseReading()), None if failed else ledger)
+        self.current_phase = None
 
     def now(self) -> PhaseReading | None:
         reading = PhaseReading()
@@ -155,52 +121,54 @@ class AllocatorMeter(Meter):
         return self._step
 
     def measurement(self) -> RankMeasurement:
-        self._time_steps(wait=True)
-        return self._result
+        self._hand_out(wait=True)
+        left = [
+            f"unattributed at the end of {phase.value}, step {self._readings_step}: {by_size(reading.unclaimed)}"
+            for phase, reading in self._readings.items()
+            if reading.unclaimed
+        ]
+        return dataclasses.replace(self._result, steps=list(self._result.steps), notes=[*self._result.notes, *left])
 
     def stop(self) -> None:
-        if not self._running:
-            return
-        self._running = False
-        self._time_steps(wait=True)
-        self._backend.stop()
-        self._device_use.close()
+        if self._running:
+            self._running = False
+            self._hand_out(wait=True)
+            self._backend.stop()
+            self._device_use.close()
+
+    def _ledger_now(self) -> Ledger | None:
+        return self._ledger if self.current_step in self._ledger_steps else None
+
+    def _close(self, phase: StepPhase, reading: PhaseReading, ledger: Ledger | None) -> None:
+        """The counters, and a ledger where there is one, into the reading of a phase that ends."""
+        known = list(self._live_tensors()) if ledger else []
+        if missed := self._backend.register(tensor for _, tensor in known):
+            self._result.notes.append(f"{missed} B of the engine's tensors were first seen at the end of {phase.value}")
+        now = self._backend.read()
+        _take(reading, self._base, now)
+        self._base = now
+        if ledger is not None:
+            counted = self._readings[phase] = ledger.count(known, self._backend.census())
+            reading.ledger, reading.unattributed_bytes = counted.categories, counted.unattributed_bytes
 
     def _read_uses(self, reading: PhaseReading) -> None:
         reading.device_used_bytes = self._device_use.read()
         reading.host_rss_bytes = self._host_use.read()
 
-    def _time_steps(self, wait: bool) -> None:
-        """Fill in the times of steps that the device has finished, and hand those steps out in order."""
-        while self._untimed:
-            untimed = self._untimed[0]
-            try:
-                seconds = self._backend.elapsed(untimed.begin, untimed.end, wait)
-                if seconds is None:
-                    return
-                for phase, begin, end in untimed.marks:
-                    untimed.step.phases[phase].seconds += self._backend.elapsed(begin, end, wait) or 0.0
-                untimed.step.seconds = seconds
-                for mark in untimed.all_marks():
-                    self._backend.reuse(mark)
-            except RuntimeError as error:  # the device failed: the counters of the step still stand
-                self._result.notes.append(f"step {untimed.step.step} has no times: {str(error).splitlines()[0]}")
-            self._untimed.pop(0)
-            self._result.steps.append(untimed.step)
+    def _hand_out(self, wait: bool) -> None:
+        for step, error in self._times.finished(wait):
+            if error is not None:
+                self._result.notes.append(f"step {step.step} has no times: {error}")
+            self._result.steps.append(step)
             if self.on_step is not None:
-                self.on_step(untimed.step)
+                self.on_step(step)
 
-
-class _Untimed:
-    """A finished step whose events the device may not have passed yet."""
-
-    def __init__(self, step: StepMeasurement, begin: Any, end: Any, marks: list[tuple[StepPhase, Any, Any]]) -> None:
-        self.step, self.begin, self.end, self.marks = step, begin, end, marks
-
-    def all_marks(self) -> Iterator[Any]:
-        yield from (self.begin, self.end)
-        for _, begin, end in self.marks:
-            yield from (begin, end)
+    def _snapshot(self) -> AbstractContextManager[None]:
+        if self._backend.source == CudaBackend.source and self.snapshot_dir is not None:
+            return record_snapshot(self.snapshot_dir / f"snapshot_rank_{self._result.rank}.pickle")
+        why = "a CPU has no allocator to record" if self.snapshot_dir is not None else "no folder was given"
+        self._result.notes.append(f"measure=snapshot: no snapshot was taken, {why}")
+        return nullcontext()
 
 
 def _take(reading: PhaseReading, base: Counters, now: Counters) -> None:

@@ -1,0 +1,138 @@
+"""The ledger: live bytes by category at a phase's end, every allocation counted once.
+
+An allocation belongs to the first that claims it: the engine's tensors (parameters, gradients, optimizer
+states, buffers), then what autograd saved for backward. What nobody claims is unattributed.
+
+Saved tensors are seen by ``torch.autograd.graph.saved_tensors_hooks`` around the forward pass. The pack
+hook remembers the storage weakly and hands back what autograd would have kept by itself: a leaf as it is
+(ZeRO-3 swaps the data of a parameter between forward and backward, so an alias would keep the gathered
+one alive), anything else as a detached alias (the tensor itself would be a reference cycle through its
+own graph node). So the hooks move no peak and no end; ``tests/unit/test_measure_ledger.py`` and
+``tests/distributed/test_measure_strategies.py`` compare both to the byte.
+Inside a checkpointed block the checkpoint's own hooks replace these, and autograd saves nothing there
+but the block's inputs, which these do see. Selective checkpointing keeps tensors in caches of its own,
+which are looked up among Python's objects.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lab.measure.census import Census
+from lab.measure.cpu_tracker import local_storages
+from lab.vocab import MemoryBreakdown, MemoryCategory
+
+Known = list[tuple[MemoryCategory, Tensor]]
+
+
+@dataclass
+class LedgerReading:
+    """Live bytes by category, and the allocations that nobody claimed (key -> bytes)."""
+
+    categories: MemoryBreakdown
+    unclaimed: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def unattributed_bytes(self) -> int:
+        return sum(self.unclaimed.values())
+
+
+class Ledger:
+    """Sorts allocations into categories. ``vocab_size`` tells logits from other saved tensors."""
+
+    def __init__(self, vocab_size: int, workspace_sizes: Iterable[int] = (), selective: bool = False) -> None:
+        self._vocab_size = vocab_size
+        self._workspace_sizes = frozenset(size for size in workspace_sizes if size)
+        self._selective = selective
+        self._claims: dict[int, tuple[MemoryCategory, Any]] = {}  # StorageImpl address -> category, weak reference
+
+    def watch_forward(self) -> AbstractContextManager[Any]:
+        """Around a forward pass: see what autograd saves."""
+        hooks: AbstractContextManager[Any] = torch.autograd.graph.saved_tensors_hooks(self._pack, _same)
+        return hooks
+
+    def claim(self, category: MemoryCategory, tensor: Tensor) -> None:
+        """Remember, weakly, that a tensor's storage belongs to a category for as long as it lives."""
+        for storage in local_storages(tensor):
+            key = storage._cdata
+            self._claims[key] = (category, weakref.ref(storage, partial(self._gone, key)))
+
+    def count(self, known: Known, census: Census) -> LedgerReading:
+        """Who holds what: first ``known``, then claims and saved tensors."""
+        owner: dict[int, MemoryCategory] = {}
+
+        def own(category: MemoryCategory, storage: Any) -> None:
+            key = census.find(storage)
+            if key is not None:
+                owner.setdefault(key, category)
+
+        for category, tensor in known:
+            for storage in local_storages(tensor):
+                own(category, storage)
+        if self._selective:
+            self._claim_checkpoint_caches()
+        for category, reference in list(self._claims.values()):
+            storage = reference()
+            if storage is not None:
+                own(category, storage)
+        categories = MemoryBreakdown()
+        for key, category in owner.items():
+            categories[category] += census.sizes[key]
+        return LedgerReading(categories, {k: s for k, s in census.sizes.items() if s and k not in owner})
+
+    def settle_workspaces(self, readings: list[LedgerReading]) -> None:
+        """Find the library workspaces in one step's readings, the last of them from the step's end.
+
+        cuBLAS takes its workspaces from the allocator without a tensor, and keeps them. They are the
+        unclaimed blocks of exactly a workspace's size that are still there when the step is over and
+        nothing saved for backward is left.
+        """
+        if not readings:
+            return
+        last = readings[-1].unclaimed
+        workspaces = {key for key, size in last.items() if size in self._workspace_sizes}
+        for reading in readings:
+            for key in workspaces & reading.unclaimed.keys():
+                reading.categories[MemoryCategory.LIBRARY_WORKSPACES] += reading.unclaimed.pop(key)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        self._claim_saved(tensor)
+        return tensor if tensor.is_leaf else tensor.detach()
+
+    def _claim_saved(self, tensor: Tensor) -> None:
+        category = self._saved_category(tensor)
+        for storage in local_storages(tensor):
+            key = storage._cdata
+            if key not in self._claims or category is MemoryCategory.LOGITS_AND_LOSS:
+                self._claims[key] = (category, weakref.ref(storage, partial(self._gone, key)))
+
+    def _saved_category(self, tensor: Tensor) -> MemoryCategory:
+        """Row-major with vocab_size columns: logits. A head's weight is saved transposed, so it is not."""
+        if 2 <= tensor.dim() <= 3 and tensor.shape[-1] == self._vocab_size and tensor.stride(-1) == 1:
+            return MemoryCategory.LOGITS_AND_LOSS
+        return MemoryCategory.ACTIVATIONS
+
+    def _claim_checkpoint_caches(self) -> None:
+        from torch.utils.checkpoint import _VersionWrapper  # what selective checkpointing wraps a cached output in
+
+        for thing in gc.get_objects():
+            if type(thing) is _VersionWrapper and isinstance(thing.val, Tensor):
+                self._claim_saved(thing.val)
+
+    def _gone(self, key: int, reference: Any) -> None:
+        claim = self._claims.get(key)
+        if claim is not None and claim[1] is reference:
+            del self._claims[key]
+
+
+def _same(packed: Tensor) -> Tensor:
+    return packed

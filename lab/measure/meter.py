@@ -1,0 +1,73 @@
+"""The interface of a meter, which is also the one for measure=off: it knows where the run is, nothing more."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from lab.record import PhaseReading, RankMeasurement, StepMeasurement
+from lab.vocab import MemoryCategory, StepPhase
+
+LiveTensors = Callable[[], Iterable[tuple[MemoryCategory, Tensor]]]
+
+
+class Meter:
+    """measure=off. ``lab.measure.phases.AllocatorMeter`` does the measuring behind the same methods.
+
+    After an exception inside ``step`` or ``phase``, ``current_step`` and ``current_phase`` still say
+    where it came from. ``current_step`` is -1 while building. ``on_step`` is called after each finished
+    step, in order; on a GPU when its times are known, which may be a step later.
+    """
+
+    def __init__(self, rank: int, local_rank: int) -> None:
+        self.current_phase: StepPhase | None = StepPhase.BUILD
+        self.current_step = -1
+        self.on_step: Callable[[StepMeasurement], None] | None = None
+        self.snapshot_dir: Path | None = None  # where measure=snapshot writes; set by whoever knows the run's folder
+        self._result = RankMeasurement(rank, local_rank, platform.node(), "cpu", "off")
+
+    def start(self) -> None:
+        """Before the model is built."""
+
+    def set_live_tensors(self, live_tensors: LiveTensors) -> None:
+        """Who knows which live tensor belongs to which category (engine, data, loop); asked at ledgers."""
+
+    def claim(self, category: MemoryCategory, tensor: Tensor) -> None:
+        """A tensor that ``set_live_tensors`` does not list (the loss, say) is of a category while it lives."""
+
+    def build_done(self) -> None:
+        """After the engine is built, before the first step."""
+        self.current_phase = None
+
+    @contextmanager
+    def step(self, index: int) -> Iterator[None]:
+        """Around one optimizer step."""
+        self.current_step = index
+        yield
+
+    @contextmanager
+    def phase(self, phase: StepPhase) -> Iterator[None]:
+        """Around one phase of the step; entered once per micro-step for forward and backward."""
+        self.current_phase = phase
+        yield
+        self.current_phase = None
+
+    def now(self) -> PhaseReading | None:
+        """The counters at this moment, for the record of an OOM; None with measure=off."""
+        return None
+
+    @property
+    def unfinished_step(self) -> StepMeasurement | None:
+        """The phases so far of a step that is running or that an exception ended."""
+        return None
+
+    def measurement(self) -> RankMeasurement:
+        """Everything measured so far, complete steps only. Callable at any time, also after a fault."""
+        return self._result
+
+    def stop(self) -> None:
+        """After the last step."""
