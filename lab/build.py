@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from lab.config import RunConfig
 from lab.model import Decoder
@@ -21,7 +22,8 @@ def build_meta_model(cfg: RunConfig) -> Decoder:
 def build(cfg: RunConfig, device: torch.device) -> Engine:
     """Everything that lives on ``device`` before the first step. Needs the process group where one is used."""
     apply_tf32(cfg, device)
-    torch.manual_seed(cfg.seed)  # dropout; the weights have seeds of their own
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    torch.manual_seed(cfg.seed + rank)  # dropout masks differ over ranks; the weights have seeds of their own
     model = build_meta_model(cfg)
     apply_checkpointing(model.blocks, cfg)
     return build_engine(cfg, model, device)

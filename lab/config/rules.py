@@ -133,5 +133,21 @@ def _strategy(cfg: RunConfig) -> None:
             raise ConfigError("parallel.fsdp.shard_size", size, f"must divide world_size={world}")
     elif cfg.parallel.fsdp.shard_size is not None:
         raise ConfigError("parallel.fsdp.shard_size", cfg.parallel.fsdp.shard_size, "only with parallel=hsdp")
+    if strategy.is_fsdp and cfg.optimizer.kind == "sgd" and cfg.optimizer.implementation == "fused":
+        raise ConfigError(
+            "optimizer.implementation", "fused", "PyTorch's fused SGD has no DTensor rule; use foreach with FSDP"
+        )
+    if strategy is Strategy.DDP and cfg.parallel.ddp.static_graph and cfg.train.gradient_accumulation_steps > 1:
+        raise ConfigError(
+            "parallel.ddp.static_graph",
+            True,
+            "DDP's static graph asserts when a backward does not reduce: set train.gradient_accumulation_steps=1",
+        )
+    if strategy.zero_stage and cfg.parallel.zero.allgather_bucket_size % 2:
+        raise ConfigError(
+            "parallel.zero.allgather_bucket_size",
+            cfg.parallel.zero.allgather_bucket_size,
+            "must be even: DeepSpeed aligns its all-gather to 2 elements",
+        )
     if strategy.zero_stage and cfg.train.compile:
         raise ConfigError("train.compile", True, f"not offered with parallel={strategy.value}; use single, ddp or fsdp")
