@@ -11,34 +11,37 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lab.measure.cpu_tracker import StorageTracker
 
 
+class Allocation(NamedTuple):
+    """Bytes that count as allocated, and the bytes that were asked for (fewer where the allocator rounds up)."""
+
+    size_bytes: int
+    requested_bytes: int
+
+
 @dataclass(frozen=True)
 class Census:
-    """Allocations: key -> bytes, and ``find(storage)`` -> key, None for a storage that lives elsewhere."""
+    """Allocations by a key of their own, and ``find(storage)`` -> key, None for a storage that lives elsewhere."""
 
-    sizes: Mapping[int, int]
+    allocations: Mapping[int, Allocation]
     find: Callable[[Any], int | None]
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(self.sizes.values())
 
 
 def cpu_census(tracker: StorageTracker) -> Census:
     """The live storages that the tracker knows."""
-    sizes = tracker.sizes()
+    allocations = {key: Allocation(size, size) for key, size in tracker.sizes().items() if size}
 
     def find(storage: Any) -> int | None:
         key: int = storage._cdata
-        return key if key in sizes else None
+        return key if key in allocations else None
 
-    return Census(sizes, find)
+    return Census(allocations, find)
 
 
 def cuda_census(index: int) -> Census:
@@ -52,29 +55,30 @@ def census_of_segments(segments: list[dict[str, Any]], index: int) -> Census:
     A block that was freed while another stream may still use it (``active_pending_free``) counts as
     active, no longer as allocated, and is left out.
     """
-    sizes: dict[int, int] = {}
+    allocations: dict[int, Allocation] = {}
     for segment in segments:
         if segment["device"] != index:
             continue
         address = segment["address"]
         for block in segment["blocks"]:
             if block["state"] == "active_allocated":
-                sizes[block.get("address", address)] = block["size"]
+                allocations[address] = Allocation(block["size"], block["requested_size"])
             address += block["size"]
-    starts = sorted(sizes)
+    starts = sorted(allocations)
 
     def find(storage: Any) -> int | None:
         if storage.device.type != "cuda" or storage.nbytes() == 0:
             return None
         pointer = storage.data_ptr()
         at = bisect_right(starts, pointer) - 1
-        return starts[at] if at >= 0 and pointer < starts[at] + sizes[starts[at]] else None
+        return starts[at] if at >= 0 and pointer < starts[at] + allocations[starts[at]].size_bytes else None
 
-    return Census(sizes, find)
+    return Census(allocations, find)
 
 
-def by_size(sizes: Mapping[int, int], most: int = 20) -> str:
-    """'3 x 512 B, 1 x 2097152 B, ...': allocations counted by size, those with most bytes in all first."""
-    counted = sorted(Counter(s for s in sizes.values() if s).items(), key=lambda pair: -pair[0] * pair[1])
+def by_size(allocations: Mapping[int, Allocation], most: int = 20) -> str:
+    """'3 x 512 B, 1 x 2097152 B, ...': bytes asked for, counted by size, the sizes with most bytes in all first."""
+    counts = Counter(a.requested_bytes for a in allocations.values())
+    counted = sorted(counts.items(), key=lambda pair: -pair[0] * pair[1])
     shown = ", ".join(f"{count} x {size} B" for size, count in counted[:most])
     return shown + (f", and {len(counted) - most} more sizes" if len(counted) > most else "")

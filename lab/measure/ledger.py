@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lab.measure.census import Census
+from lab.measure.census import Allocation, Census
 from lab.measure.cpu_tracker import local_storages
 from lab.vocab import MemoryBreakdown, MemoryCategory
 
@@ -36,14 +36,18 @@ Known = list[tuple[MemoryCategory, Tensor]]
 
 @dataclass
 class LedgerReading:
-    """Live bytes by category, and the allocations that nobody claimed (key -> bytes)."""
+    """Live bytes by category, and the allocations that nobody claimed."""
 
     categories: MemoryBreakdown
-    unclaimed: dict[int, int] = field(default_factory=dict)
+    unclaimed: dict[int, Allocation] = field(default_factory=dict)
 
     @property
     def unattributed_bytes(self) -> int:
-        return sum(self.unclaimed.values())
+        return sum(allocation.size_bytes for allocation in self.unclaimed.values())
+
+    def move(self, key: int, category: MemoryCategory) -> None:
+        """An unclaimed allocation turns out to be of a category."""
+        self.categories[category] += self.unclaimed.pop(key).size_bytes
 
 
 class Ledger:
@@ -66,8 +70,12 @@ class Ledger:
             key = storage._cdata
             self._claims[key] = (category, weakref.ref(storage, partial(self._gone, key)))
 
-    def count(self, known: Known, census: Census) -> LedgerReading:
-        """Who holds what: first ``known``, then claims and saved tensors."""
+    def count(self, known: Known, census: Census, unseen: Iterable[tuple[MemoryCategory, int]] = ()) -> LedgerReading:
+        """Who holds what: first ``known``, then claims and saved tensors, then ``unseen``.
+
+        ``unseen`` are allocations without a Python tensor (DDP's buckets), by the bytes asked for: each
+        takes one unclaimed allocation of exactly that size, if there is one.
+        """
         owner: dict[int, MemoryCategory] = {}
 
         def own(category: MemoryCategory, storage: Any) -> None:
@@ -84,10 +92,14 @@ class Ledger:
             storage = reference()
             if storage is not None:
                 own(category, storage)
-        categories = MemoryBreakdown()
+        reading = LedgerReading(MemoryBreakdown(), dict(census.allocations))
         for key, category in owner.items():
-            categories[category] += census.sizes[key]
-        return LedgerReading(categories, {k: s for k, s in census.sizes.items() if s and k not in owner})
+            reading.move(key, category)
+        for category, size in unseen:
+            match = next((k for k, a in reading.unclaimed.items() if a.requested_bytes == size), None)
+            if match is not None:
+                reading.move(match, category)
+        return reading
 
     def settle_workspaces(self, readings: list[LedgerReading]) -> None:
         """Find the library workspaces in one step's readings, the last of them from the step's end.
@@ -99,10 +111,10 @@ class Ledger:
         if not readings:
             return
         last = readings[-1].unclaimed
-        workspaces = {key for key, size in last.items() if size in self._workspace_sizes}
+        workspaces = {key for key, a in last.items() if a.requested_bytes in self._workspace_sizes}
         for reading in readings:
             for key in workspaces & reading.unclaimed.keys():
-                reading.categories[MemoryCategory.LIBRARY_WORKSPACES] += reading.unclaimed.pop(key)
+                reading.move(key, MemoryCategory.LIBRARY_WORKSPACES)
 
     def _pack(self, tensor: Tensor) -> Tensor:
         self._claim_saved(tensor)

@@ -13,6 +13,7 @@ from lab.record import PhaseReading, RankMeasurement, StepMeasurement
 from lab.vocab import MemoryCategory, StepPhase
 
 LiveTensors = Callable[[], Iterable[tuple[MemoryCategory, Tensor]]]
+UnseenAllocations = Callable[[], Iterable[tuple[MemoryCategory, int]]]
 
 
 class Meter:
@@ -33,8 +34,12 @@ class Meter:
     def start(self) -> None:
         """Before the model is built."""
 
-    def set_live_tensors(self, live_tensors: LiveTensors) -> None:
-        """Who knows which live tensor belongs to which category (engine, data, loop); asked at ledgers."""
+    def set_live_tensors(self, live_tensors: LiveTensors, unseen: UnseenAllocations = tuple) -> None:
+        """Who knows which live tensor belongs to which category (engine, data, loop); asked at ledgers.
+
+        ``unseen``: exact byte sizes of allocations that no Python tensor refers to, such as DDP's buckets
+        (``bucket_sizes`` or ``rebuilt_bucket_sizes`` of its ``_get_ddp_logging_data()``).
+        """
 
     def claim(self, category: MemoryCategory, tensor: Tensor) -> None:
         """A tensor that ``set_live_tensors`` does not list (the loss, say) is of a category while it lives."""

@@ -19,7 +19,7 @@ from lab.measure.backend import Backend, Counters, CudaBackend
 from lab.measure.census import by_size
 from lab.measure.device_use import DeviceUse, HostUse
 from lab.measure.ledger import Ledger, LedgerReading
-from lab.measure.meter import LiveTensors, Meter
+from lab.measure.meter import LiveTensors, Meter, UnseenAllocations
 from lab.measure.snapshot import record_snapshot
 from lab.measure.timing import StepTimes
 from lab.record import PhaseReading, RankMeasurement, StepMeasurement
@@ -47,7 +47,8 @@ class AllocatorMeter(Meter):
             rank, local_rank, platform.node(), backend.device_name, backend.source, notes=notes
         )
         self._ledger, self._ledger_steps, self._snapshot_step = ledger, ledger_steps, snapshot_step
-        self._live_tensors: LiveTensors = list
+        self._live_tensors: LiveTensors = tuple
+        self._unseen: UnseenAllocations = tuple
         self._readings: dict[StepPhase, LedgerReading] = {}  # of the newest step with a ledger
         self._readings_step = -1
         self._step: StepMeasurement | None = None
@@ -60,8 +61,8 @@ class AllocatorMeter(Meter):
         self._backend.reset_peak()
         self._base = self._backend.read()
 
-    def set_live_tensors(self, live_tensors: LiveTensors) -> None:
-        self._live_tensors = live_tensors
+    def set_live_tensors(self, live_tensors: LiveTensors, unseen: UnseenAllocations = tuple) -> None:
+        self._live_tensors, self._unseen = live_tensors, unseen
 
     def claim(self, category: MemoryCategory, tensor: Tensor) -> None:
         if ledger := self._ledger_now():
@@ -148,7 +149,7 @@ class AllocatorMeter(Meter):
         _take(reading, self._base, now)
         self._base = now
         if ledger is not None:
-            counted = self._readings[phase] = ledger.count(known, self._backend.census())
+            counted = self._readings[phase] = ledger.count(known, self._backend.census(), self._unseen())
             reading.ledger, reading.unattributed_bytes = counted.categories, counted.unattributed_bytes
 
     def _read_uses(self, reading: PhaseReading) -> None:
