@@ -7,7 +7,7 @@ from typing import Any
 
 from lab.config.diagnose import check_overrides, foreign_setting, from_hydra
 from lab.config.known import CONFIG_DIR, groups, options
-from lab.config.plain import NotPlain, compose_plain
+from lab.config.plain import NotPlain, compose_plain, read_option
 
 
 def compose_config(overrides: Sequence[str]) -> dict[str, Any]:
@@ -52,14 +52,18 @@ def _raise_foreign(overrides: Sequence[str]) -> None:
     settings = [o for o in overrides if o.partition("=")[0] not in known]
     if not settings:
         return
-    tree, choices = compose_hydra([o for o in overrides if o not in settings])
+    options_only = [o for o in overrides if o not in settings]
+    try:
+        tree, choices = compose_plain(options_only)
+    except NotPlain:
+        tree, choices = compose_hydra(options_only)
     for override in settings:
         key, _, value = override.partition("=")
         group = key.partition(".")[0]
         if not _has(tree, key):
             if group not in known:
                 continue
-            owners = [o for o in options(group) if _has(compose_hydra([f"{group}={o}"])[0], key)]
+            owners = [o for o in options(group) if _has({group: read_option(group, o)}, key)]
             raise foreign_setting(key, value, choices, owners)
 
 

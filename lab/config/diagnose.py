@@ -10,6 +10,8 @@ from typing import Any
 from lab.config.errors import NO_VALUE, ConfigError
 from lab.config.known import expected, groups, options, settings, suggestion
 
+_LONGEST = 4000  # characters; Python itself refuses whole numbers of more than 4300 digits
+
 
 def check_overrides(overrides: Sequence[str]) -> list[str]:
     """Overrides as Hydra shall see them (repetitions dropped). Raises ConfigError for the first that is wrong."""
@@ -24,10 +26,16 @@ def check_overrides(overrides: Sequence[str]) -> list[str]:
         if key.startswith("+"):
             name = key.lstrip("+")
             found = name in known or name in folders
-            hint = f"write {name}=VALUE, without '+'" if found else f"no such setting{_close(name, known, folders)}"
+            hint = (
+                f"write {name}={value or 'VALUE'}, without '+'"
+                if found
+                else f"no such setting{_close(name, known, folders)}"
+            )
             raise ConfigError(key, value if equals else NO_VALUE, hint)
-        if not equals:
-            raise ConfigError(text or "(empty)", NO_VALUE, "expected KEY=VALUE, such as model=25m or train.steps=10")
+        if len(text) > _LONGEST:
+            raise ConfigError(key[:80], value, f"longer than {_LONGEST} characters; no setting needs that")
+        if not equals or not key.strip():
+            raise ConfigError(text or "''", NO_VALUE, "expected KEY=VALUE, such as model=25m or train.steps=10")
         if key in folders:
             _check_option(key, value)
         elif key not in known:
@@ -54,7 +62,9 @@ def _member(key: str, known: Mapping[str, Any]) -> str:
 def _check_option(group: str, option: str) -> None:
     """A group's value is the name of one of its files; ``experiment`` may also be null."""
     existing = options(group)
-    if re.fullmatch(r"[\w.+/-]*", option) and option not in existing and (group, option) != ("experiment", "null"):
+    if option.startswith("{") or re.match(r"[^\[]*[,(]", option):
+        return  # settings of the group, or several options: judged by the grammar
+    if option.strip("'\"") not in existing and (group, option) != ("experiment", "null"):
         names = ", ".join(existing) if existing else "none exists yet"
         raise ConfigError(group, option, f"no such option; one of {names}{suggestion(option, existing)}")
 
@@ -91,6 +101,14 @@ def from_hydra(error: Exception, overrides: Sequence[str]) -> ConfigError:
         group, option = found.groups()
         existing = options(group)
         return ConfigError(group, option, f"no such option; one of {', '.join(existing) or 'none exists yet'}")
+    if found := re.search(r"Could not override '([\w.]+)'", text):  # inside KEY={...}
+        key = getattr(error.__cause__, "full_key", None) or found[1]
+        outer = next((o for o in by_key if key == o or key.startswith(f"{o}.")), key)
+        known = settings()
+        reason = (
+            "not a setting of the chosen option" if key in known else "no such setting" + suggestion(key, list(known))
+        )
+        return ConfigError(outer, by_key.get(outer, NO_VALUE), f"{key} is {reason}")
     key = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
     if key:
         reason = re.sub(r"full_key: .*", "", text).strip()

@@ -48,16 +48,25 @@ def _resolve(tree: dict[str, Any]) -> RunConfig:
 
 def _derived_shapes(model: dict[str, Any]) -> dict[str, Any]:
     """head_dim and num_kv_heads where they are null. Values of a wrong type are left for the typed build to name."""
-    heads, hidden = model.get("num_heads"), model.get("hidden_size")
-    if model.get("head_dim") is None and type(heads) is int and type(hidden) is int and heads > 0:
+    heads, hidden = _whole(model.get("num_heads")), _whole(model.get("hidden_size"))
+    if model.get("head_dim") is None and heads is not None and hidden is not None:
+        if heads < 1:
+            raise ConfigError("model.num_heads", heads, "must be positive")
         if hidden % heads:
             raise ConfigError(
                 "model.num_heads", heads, f"must divide model.hidden_size={hidden}, or set model.head_dim"
             )
         model["head_dim"] = hidden // heads
     if model.get("num_kv_heads") is None:
-        model["num_kv_heads"] = heads
+        model["num_kv_heads"] = model.get("num_heads")
     return model
+
+
+def _whole(value: Any) -> int | None:
+    """The number that the typed build will make of ``value``; None where it will refuse."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if type(value) is int else None
 
 
 def _world_size(configured: Any) -> Any:
