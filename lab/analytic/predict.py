@@ -1,15 +1,55 @@
-"""predict(RunConfig) -> Prediction."""
+"""predict(RunConfig) -> Prediction: replay the steps, run the allocator over them, read the moments off."""
 
 from __future__ import annotations
 
+from lab.analytic.allocator import Simulation, simulate
+from lab.analytic.architecture import num_parameters
+from lab.analytic.assumptions import assumptions
+from lab.analytic.hardware import outside_allocator_bytes
+from lab.analytic.step import Replay
+from lab.analytic.timeline import categories_at, phases, spans_of
 from lab.config import RunConfig
-from lab.record import Moment, PhasePrediction, Prediction, StepPrediction
-from lab.vocab import STEP_PHASES, MemoryBreakdown, MemoryCategory
+from lab.record import PhasePrediction, Prediction, StepPrediction
+from lab.vocab import MemoryBreakdown, MemoryCategory, StepPhase
+
+STATE_CATEGORIES = (
+    MemoryCategory.PARAMETERS,
+    MemoryCategory.MASTER_WEIGHTS,
+    MemoryCategory.GRADIENTS,
+    MemoryCategory.OPTIMIZER_STATES,
+    MemoryCategory.QUANTIZATION_STATE,
+)
 
 
 def predict(cfg: RunConfig) -> Prediction:
-    """Placeholder while the analytic model is being written: interface only."""
-    states = MemoryBreakdown({MemoryCategory.PARAMETERS: 4})
-    moment = Moment(4, states)
-    step = StepPrediction(4, 4, 4, states, {p: PhasePrediction(moment, moment) for p in STEP_PHASES})
-    return Prediction(step, step, states, 1, [])
+    """Memory of the worst rank at the allocated, reserved and device level, in the first step and when steps repeat.
+
+    On a GPU the caching allocator is simulated, so *allocated* counts blocks as PyTorch's counter does. On a CPU
+    nothing rounds or caches: reserved equals allocated, and device use is not predicted beyond it.
+    """
+    replay = Replay(cfg)
+    replay.build()
+    steady = min(replay.rule.steady_step, cfg.train.steps - 1)
+    for _ in range(steady + 1):
+        replay.step()
+    events = replay.trace.events
+    simulation = simulate(events, replay.trace.next_id) if replay.gpu else None
+    first = _step(cfg, replay, simulation, 0)
+    last = _step(cfg, replay, simulation, steady)
+    # What persists is read before zero_grad drops the gradients.
+    before = [start for phase, start, _ in spans_of(events, steady) if phase is StepPhase.ZERO_GRAD]
+    moment = categories_at(events, before[:1])[0]
+    states = MemoryBreakdown({c: moment.categories[c] for c in STATE_CATEGORIES if moment.categories[c]})
+    return Prediction(last, first, states, num_parameters(cfg.model), assumptions(cfg))
+
+
+def _step(cfg: RunConfig, replay: Replay, simulation: Simulation | None, step: int) -> StepPrediction:
+    events = replay.trace.events
+    sizes = simulation.block_bytes if simulation else None
+    by_phase: dict[StepPhase, PhasePrediction] = phases(events, step, sizes)
+    peak = max((p.peak for p in by_phase.values()), key=lambda m: m.total_bytes)
+    reserved = peak.total_bytes
+    if simulation:
+        reserved = max(simulation.reserved[i] for _, start, end in spans_of(events, step) for i in (start, end))
+    device = reserved + outside_allocator_bytes(cfg)
+    return StepPrediction(peak.total_bytes, reserved, device, peak.categories, by_phase)

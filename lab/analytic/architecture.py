@@ -1,0 +1,62 @@
+"""Tensor inventory of the lab's decoder: every parameter's name, shape and place, from ModelConfig alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from lab.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One parameter; ``unit`` is the block it belongs to, or -1 for embeddings, final norm and head."""
+
+    name: str
+    shape: tuple[int, ...]
+    unit: int
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+def parameters(model: ModelConfig) -> list[ParameterSpec]:
+    """All parameters in ``nn.Module.parameters()`` order (a tied head adds none)."""
+    h, f, d = model.hidden_size, model.intermediate_size, model.head_dim
+    q, kv = model.num_heads * d, model.num_kv_heads * d
+    specs = [ParameterSpec("embedding.weight", (model.vocab_size, h), -1)]
+    if model.position == "learned":
+        specs.append(ParameterSpec("position.weight", (model.max_seq_len, h), -1))
+
+    def norm(prefix: str, unit: int) -> None:
+        specs.append(ParameterSpec(f"{prefix}.weight", (h,), unit))
+        if model.norm == "layernorm" and model.bias:
+            specs.append(ParameterSpec(f"{prefix}.bias", (h,), unit))
+
+    def linear(prefix: str, out_features: int, in_features: int, unit: int) -> None:
+        specs.append(ParameterSpec(f"{prefix}.weight", (out_features, in_features), unit))
+        if model.bias:
+            specs.append(ParameterSpec(f"{prefix}.bias", (out_features,), unit))
+
+    for i in range(model.num_layers):
+        b = f"blocks.{i}"
+        norm(f"{b}.attention_norm", i)
+        linear(f"{b}.attention.q_proj", q, h, i)
+        linear(f"{b}.attention.k_proj", kv, h, i)
+        linear(f"{b}.attention.v_proj", kv, h, i)
+        linear(f"{b}.attention.o_proj", h, q, i)
+        norm(f"{b}.mlp_norm", i)
+        if model.mlp == "swiglu":
+            linear(f"{b}.mlp.gate_proj", f, h, i)
+        linear(f"{b}.mlp.up_proj", f, h, i)
+        linear(f"{b}.mlp.down_proj", h, f, i)
+    norm("norm", -1)
+    if not model.tied_head:
+        specs.append(ParameterSpec("head.weight", (model.vocab_size, h), -1))
+    return specs
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """Elements of all parameters; a tied head counts once."""
+    return sum(p.numel for p in parameters(model))

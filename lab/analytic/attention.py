@@ -1,0 +1,249 @@
+"""What attention allocates and keeps, by backend. Shapes as in ``lab.model.attention``.
+
+Sizes of kernels' scratch memory, each seen to the byte in an H200's allocator trace (torch 2.11):
+flash: csrc/flash_attn/flash_api.cpp, mha_bwd; memory-efficient: cuda/mem_eff_attention/kernel_backward.h
+and attention_backward.cu; cuDNN: MHA.cpp; math: transformers/attention.cpp, _scaled_dot_product_attention_math.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lab.analytic.ops import Ops
+from lab.analytic.tape import BOOL, FP32, Grads, Node, Tensor
+from lab.vocab import AttentionBackend, Precision
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """b sequences of s tokens, n query heads and k key/value heads of d elements."""
+
+    b: int
+    s: int
+    n: int
+    k: int
+    d: int
+
+    @property
+    def q_numel(self) -> int:
+        return self.b * self.n * self.s * self.d
+
+    @property
+    def kv_numel(self) -> int:
+        return self.b * self.k * self.s * self.d
+
+    @property
+    def weights_numel(self) -> int:
+        return self.b * self.n * self.s * self.s
+
+
+def choose_backend(
+    asked: AttentionBackend, device_type: str, precision: Precision, shape: AttentionShape, dropout: float
+) -> AttentionBackend:
+    """The kernel that ``auto`` stands for.
+
+    CUDA, torch 2.11 on sm_90 (sdp_utils.cpp, priority cuDNN, flash, memory-efficient, math): cuDNN for half
+    precision with head_dim up to 128 and a multiple of 8, flash up to 256, memory-efficient for fp32, math for
+    fp32 with grouped heads. CPU (sdp_utils_cpp.cpp): flash without dropout, else math.
+    """
+    if asked is not AttentionBackend.AUTO:
+        return asked
+    if device_type == "cpu":
+        return AttentionBackend.MATH if dropout else AttentionBackend.FLASH
+    if precision is not Precision.FP32 and shape.d % 8 == 0 and shape.d <= 256:
+        return AttentionBackend.CUDNN if shape.d <= 128 else AttentionBackend.FLASH
+    return AttentionBackend.MATH if shape.n != shape.k else AttentionBackend.MEM_EFFICIENT
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, backend: AttentionBackend) -> Tensor:
+    """Flash, cuDNN, memory-efficient (and the CPU's flash): keeps q, k, v, the output and log-sum-exp per row."""
+    size, tape, gpu = q.itemsize, ops.tape, ops.tape.trace.on_device_kernels
+    rows = a.b * a.n * a.s
+    seeds = {AttentionBackend.FLASH: 2, AttentionBackend.CUDNN: 2}.get(backend, 0) if gpu else 0
+    grouped = a.n != a.k
+
+    def backward(grads: Grads) -> Grads:
+        gq = tape.new(a.q_numel, size, "query gradient")
+        gk = tape.new(a.kv_numel, size, "key gradient")
+        gv = tape.new(a.kv_numel, size, "value gradient")
+        if not gpu:
+            return [gq, gk, gv]
+        if backend is AttentionBackend.MEM_EFFICIENT:
+            if size == FP32:  # delta = (grad * out).sum(-1).transpose().contiguous()
+                scratch = FP32 * a.q_numel + 2 * FP32 * rows
+            else:  # fp32 accumulator per 64-row tile with a 16 B header, and delta
+                tiles = a.b * a.n * _round_up(a.s, 64) // 64
+                scratch = tiles * (FP32 * 64 * _round_up(a.d, 64) + 16)
+                scratch += FP32 * a.b * a.n * _round_up(a.s, 32)
+            ops.scratch(scratch, "attention backward workspace")
+            return [gq, gk, gv]
+        tall = _round_up(a.s, 128)
+        held = []
+        if grouped:
+            held = [tape.new(a.q_numel, size, "expanded key/value gradient") for _ in range(2)]
+        held.append(tape.new(a.b * a.n * tall, FP32, "attention backward row sums"))
+        wide = _round_up(a.d, 32) if a.d <= 128 else _round_up(a.d, 64)
+        if backend is AttentionBackend.CUDNN:
+            held.append(tape.new(512, 1, "cuDNN workspace"))
+        ops.scratch(FP32 * a.b * a.n * tall * wide, "fp32 query gradient accumulator")
+        return [gq, gk, gv]
+
+    node = Node(tape, [q, k, v], backward, [q, k, v])
+    out = ops.kept_or(a.q_numel, size, "attention output")
+    lse_rows = a.b * a.n * (_round_up(a.s, 32) if backend is AttentionBackend.MEM_EFFICIENT else a.s)
+    lse = ops.kept_or(lse_rows, FP32, "log-sum-exp")
+    random_state = [ops.kept_or(1, 8, "attention random state") for _ in range(seeds)]
+    tape.save(node, out)
+    tape.save(node, lse)
+    for t in random_state:
+        tape.save(node, t)
+    if gpu and backend is AttentionBackend.CUDNN:
+        ops.scratch(512, "cuDNN workspace")
+    out.node = node
+    return out
+
+
+def repeat_kv(ops: Ops, x: Tensor, a: AttentionShape, label: str) -> Tensor:
+    """repeat_interleave over heads: a copy; backward sums each group."""
+    kv, size, tape = a.kv_numel, x.itemsize, ops.tape
+    node = Node(tape, [x], lambda _: [tape.new(kv, size, label + " summed gradient")])
+    y = ops.new(a.q_numel, size, label + " repeated")
+    y.node = node
+    return y
+
+
+def _matmul(ops: Ops, x: Tensor, y: Tensor, numel: int, label: str, grad_copy: int = 0) -> Tensor:
+    """Batched product; keeps both; backward: (a contiguous copy of the gradient,) y's gradient, x's gradient."""
+    nx, ny, size, tape = x.numel, y.numel, x.itemsize, ops.tape
+
+    def backward(grads: Grads) -> Grads:
+        copy = tape.new(grad_copy, size, label + " gradient, contiguous") if grad_copy else None
+        if copy is not None:
+            grads[0] = copy
+        gy = tape.new(ny, size, label + " gradient")
+        gx = tape.new(nx, size, label + " gradient")
+        return [gx, gy]
+
+    node = Node(tape, [x, y], backward, [x, y])
+    out = ops.new(numel, size, label)
+    out.node = node
+    return out
+
+
+def _copy(ops: Ops, x: Tensor, label: str) -> Tensor:
+    """A contiguous copy, as matmul makes of transposed operands; the gradient passes through."""
+    y = ops.new(x.numel, x.itemsize, label + " contiguous")
+    y.node = Node(ops.tape, [x], lambda g: [g[0]])
+    return y
+
+
+def _softmax(ops: Ops, x: Tensor, label: str) -> Tensor:
+    """Softmax: keeps its output; the CUDA backward first makes grad * output (SoftMax.cu, softmax_backward_cuda_out)."""
+    numel, size, tape = x.numel, x.itemsize, ops.tape
+
+    def backward(grads: Grads) -> Grads:
+        g = tape.new(numel, size, label + " gradient")
+        ops.scratch(numel * size, "softmax backward product")
+        return [g]
+
+    node = Node(tape, [x], backward)
+    y = ops.new(numel, size, label)
+    tape.save(node, y)
+    y.node = node
+    return y
+
+
+def eager(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout: float) -> Tensor:
+    """matmul, scale, mask, fp32 softmax, (dropout,) matmul: four [b, n, s, s] tensors, two of them kept."""
+    size, square = q.itemsize, a.s * a.s
+    grouped = a.n != a.k
+    if grouped:
+        k, v = repeat_kv(ops, k, a, "key"), repeat_kv(ops, v, a, "value")
+    cq = _copy(ops, q, "query")
+    ck = k if grouped else _copy(ops, k, "key")
+    weights = _matmul(ops, cq, ck, a.weights_numel, "attention scores")
+    del cq, ck
+    weights = ops._unary(weights, "scaled scores", False, "scaled scores gradient")
+    causal = ops.new(square, BOOL, "causal mask")
+    lower = ops.new(square, BOOL, "causal mask")
+    causal = lower
+    inverted = ops.new(square, BOOL, "causal mask")
+    node = Node(ops.tape, [weights], _same(ops, weights, "masked scores gradient"), [inverted])
+    masked = ops.new(weights.numel, size, "masked scores")
+    masked.node = node
+    del inverted
+    weights = masked
+    del masked, node
+    wide = ops.cast(weights, FP32, "scores, fp32")
+    soft = _softmax(ops, wide, "attention weights, fp32")
+    del wide
+    weights = ops.cast(soft, size, "attention weights")
+    del soft
+    if dropout:
+        weights = ops.dropout(weights, "attention dropout")
+    cv = v if grouped else _copy(ops, v, "value")
+    out = _matmul(ops, weights, cv, a.q_numel, "attention output", grad_copy=a.q_numel)
+    del causal, lower
+    return out
+
+
+def _same(ops: Ops, x: Tensor, label: str):  # type: ignore[no-untyped-def]
+    numel, size, tape = x.numel, x.itemsize, ops.tape
+    return lambda _: [tape.new(numel, size, label)]
+
+
+def math(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout: float) -> Tensor:
+    """SDPA's math kernel: everything in fp32, and [b, n, s, s] weights kept."""
+    size, square, tape = q.itemsize, a.s * a.s, ops.tape
+    gpu = tape.trace.on_device_kernels
+    grouped = a.n != a.k
+    q32, k32, v32 = ops.cast(q, FP32, "query, fp32"), ops.cast(k, FP32, "key, fp32"), ops.cast(v, FP32, "value, fp32")
+    q32 = ops._unary(q32, "scaled query", False, "query gradient")
+    ones = ops.new(square, BOOL, "causal mask")
+    lower = ops.new(square, BOOL, "causal mask")
+    del ones
+    mask = ops.new(square, FP32, "additive causal mask")
+    del lower
+    if grouped:
+        k32, v32 = repeat_kv(ops, k32, a, "key"), repeat_kv(ops, v32, a, "value")
+    k32 = ops._unary(k32, "scaled key", False, "key gradient")
+    cq = _copy(ops, q32, "query")
+    ck = k32 if grouped else _copy(ops, k32, "key")
+    scores = _matmul(ops, cq, ck, a.weights_numel, "attention scores")
+    del cq, ck
+    masked = ops.new(a.weights_numel, FP32, "masked scores")
+    masked.node = Node(tape, [scores], lambda g: [g[0]])
+    scores = masked
+    del masked, mask
+    soft = _softmax(ops, scores, "attention weights")
+    if gpu:  # _safe_softmax looks for fully masked rows: a bool per score and one per row
+        row = ops.new(a.weights_numel // a.s, BOOL, "masked rows")
+        ops.scratch(a.weights_numel, "masked scores, bool")
+        del row
+    del scores
+    if dropout:
+        soft = ops.dropout(soft, "attention dropout")
+    returned = ops.new(soft.numel, size, "attention weights, returned") if size != FP32 else None
+    cv = v32 if grouped else _copy(ops, v32, "value")
+    out = _matmul(ops, soft, cv, a.q_numel, "attention output", grad_copy=a.q_numel)
+    del soft, cv
+    out = ops.cast(out, size, "attention output")
+    del returned
+    return out
+
+
+def attention(
+    ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, backend: AttentionBackend, dropout: float
+) -> Tensor:
+    """q [b, n, s, d], k and v [b, k, s, d] -> [b, s, n * d], contiguous: eager and math need a copy for that."""
+    if backend in (AttentionBackend.EAGER, AttentionBackend.MATH):
+        run = eager if backend is AttentionBackend.EAGER else math
+        out = run(ops, q, k, v, a, dropout)
+        return _copy(ops, out, "attention output")
+    if backend is AttentionBackend.MEM_EFFICIENT and a.n != a.k:
+        k, v = repeat_kv(ops, k, a, "key"), repeat_kv(ops, v, a, "value")
+    return fused(ops, q, k, v, a, backend)

@@ -1,0 +1,161 @@
+"""The forward pass of ``lab.model.decoder``, operation by operation, over symbolic tensors.
+
+Names, order and the moments at which local variables are dropped mirror that file line by line.
+``hooks`` is how a strategy or checkpointing wraps a block: the same places at which engines hook modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from lab.analytic.attention import AttentionShape, attention, choose_backend
+from lab.analytic.checkpoint import checkpoint
+from lab.analytic.ops import Ops, Parameter
+from lab.analytic.tape import FP32, Tensor
+from lab.config import RunConfig
+from lab.vocab import Checkpointing
+
+
+class Hooks(Protocol):
+    """What a strategy does around modules. ``unit`` -1 is the root, otherwise a block's index."""
+
+    def pre_forward(self, unit: int) -> None: ...
+    def post_forward(self, unit: int, out: Tensor) -> Tensor: ...
+    def wrap_input(self, unit: int, x: Tensor) -> Tensor: ...
+    def use(self, module: str) -> None: ...
+    def done(self, module: str) -> None: ...
+
+
+class Decoder:
+    """One rank's model: parameters by name, the operations, the strategy's hooks."""
+
+    def __init__(self, cfg: RunConfig, ops: Ops, params: dict[str, Parameter], hooks: Hooks) -> None:
+        self.cfg, self.ops, self.p, self.hooks = cfg, ops, params, hooks
+        m, t = cfg.model, cfg.train
+        self.shape = AttentionShape(t.micro_batch_size, t.seq_len, m.num_heads, m.num_kv_heads, m.head_dim)
+        self.rows = t.micro_batch_size * t.seq_len
+        self.backend = choose_backend(
+            cfg.attention.backend, cfg.hardware.device_type, cfg.precision.kind, self.shape, m.dropout
+        )
+
+    def _linear(self, x: Tensor, name: str, label: str, rows: int | None = None) -> Tensor:
+        self.hooks.use(name)
+        y = self.ops.linear(x, self.p[f"{name}.weight"], self.p.get(f"{name}.bias"), rows or self.rows, label)
+        self.hooks.done(name)
+        return y
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        self.hooks.use(name)
+        y = self.ops.norm(x, self.p[f"{name}.weight"], self.p.get(f"{name}.bias"), self.rows, self.cfg.model.norm, name)
+        self.hooks.done(name)
+        return y
+
+    def _attention(self, x: Tensor, prefix: str) -> Tensor:
+        q = self._linear(x, f"{prefix}.q_proj", "query")
+        k = self._linear(x, f"{prefix}.k_proj", "key")
+        v = self._linear(x, f"{prefix}.v_proj", "value")
+        if self.cfg.model.position == "rope":
+            q = self.ops.rope(q, "query")
+            k = self.ops.rope(k, "key")
+        y = attention(self.ops, q, k, v, self.shape, self.backend, self.cfg.model.dropout)
+        out = self._linear(y, f"{prefix}.o_proj", "attention projection")
+        del q, k, v, y
+        return out
+
+    def _mlp(self, x: Tensor, prefix: str) -> Tensor:
+        if self.cfg.model.mlp == "gelu":
+            up = self._linear(x, f"{prefix}.up_proj", "mlp up")
+            up = self.ops.gelu(up)
+            return self._linear(up, f"{prefix}.down_proj", "mlp down")
+        gate = self._linear(x, f"{prefix}.gate_proj", "mlp gate")
+        gate = self.ops.silu(gate)
+        up = self._linear(x, f"{prefix}.up_proj", "mlp up")
+        product = self.ops.mul(gate, up, "mlp product")
+        del gate, up
+        return self._linear(product, f"{prefix}.down_proj", "mlp down")
+
+    def block(self, i: int, x: Tensor) -> Tensor:
+        """Block i. Its input stays referenced by the caller until it returns."""
+        b = f"blocks.{i}"
+        normed = self._norm(x, f"{b}.attention_norm")
+        y = self._attention(normed, f"{b}.attention")
+        del normed
+        dropped = self.ops.dropout(y, "residual dropout") if self.cfg.model.dropout else y
+        x = self.ops.add(x, dropped, "residual")
+        del dropped
+        normed = self._norm(x, f"{b}.mlp_norm")
+        y = self._mlp(normed, f"{b}.mlp")
+        del normed
+        dropped = self.ops.dropout(y, "residual dropout") if self.cfg.model.dropout else y
+        return self.ops.add(x, dropped, "residual")
+
+    def _checkpointed(self, i: int) -> bool:
+        kind = self.cfg.checkpointing.kind
+        if kind is Checkpointing.EVERY_K:
+            return i % self.cfg.checkpointing.every_k == 0
+        return kind is not Checkpointing.NONE
+
+    def forward(self) -> Tensor:
+        """The loss, one fp32 scalar."""
+        cfg, ops, hooks = self.cfg, self.ops, self.hooks
+        hidden = self.rows * cfg.model.hidden_size
+        hooks.pre_forward(-1)
+        hooks.use("embedding")
+        x = ops.embedding(self.p["embedding.weight"], hidden, "embedding", self.rows)
+        hooks.done("embedding")
+        if cfg.model.position == "learned":
+            positions = ops.new(cfg.train.seq_len, 8, "position ids")
+            hooks.use("position")
+            y = ops.embedding(
+                self.p["position.weight"],
+                cfg.train.seq_len * cfg.model.hidden_size,
+                "position",
+                cfg.train.seq_len,
+                positions,
+            )
+            hooks.done("position")
+            x = ops.add(x, y, "embedding sum", broadcast=True)
+            del y, positions
+        if cfg.model.dropout:
+            x = ops.dropout(x, "embedding dropout")
+        for i in range(cfg.model.num_layers):
+            run: Callable[[Tensor], Tensor] = lambda t, i=i: self.block(i, t)  # noqa: E731
+            x = hooks.wrap_input(i, x)
+            hooks.pre_forward(i)
+            if self._checkpointed(i):
+                y = checkpoint(ops, run, x, selective=cfg.checkpointing.kind is Checkpointing.SELECTIVE)
+            else:
+                y = run(x)
+            x = y
+            del y
+            x = hooks.post_forward(i, x)
+        x = self._norm(x, "norm")
+        return hooks.post_forward(-1, self._loss(x))
+
+    def _head_loss(self, x: Tensor, rows: int) -> Tensor:
+        name = "embedding" if self.cfg.model.tied_head else "head"
+        self.hooks.use("head")
+        logits = self.ops.linear(x, self.p[f"{name}.weight"], None, rows, "logits")
+        self.hooks.done("head")
+        wide = self.ops.cast(logits, FP32, "logits, fp32")
+        del logits
+        return self.ops.cross_entropy(wide, rows)
+
+    def _loss(self, x: Tensor) -> Tensor:
+        if self.cfg.loss.kind == "cross_entropy":
+            return self._head_loss(x, self.rows)
+        return self._chunked_loss(x)
+
+    def _chunked_loss(self, x: Tensor) -> Tensor:
+        """lab.model.loss: chunks of ceil(rows / num_chunks) tokens, each checkpointed, their losses summed."""
+        ops, hidden = self.ops, self.cfg.model.hidden_size
+        size = -(-self.rows // self.cfg.loss.num_chunks)
+        counts = [min(size, self.rows - start) for start in range(0, self.rows, size)]
+        total = ops.new(1, x.itemsize, "loss sum")
+        split = ops.split(x, [c * hidden for c in counts], "chunk gradients")
+        for chunk, count in zip(split, counts, strict=True):
+            part = checkpoint(ops, lambda t, c=count: self._head_loss(t, c), chunk, selective=False)
+            total = ops.add(total, part, "loss sum")
+            del part
+        return ops.scale(total, "loss")

@@ -1,0 +1,314 @@
+"""What each operation allocates, keeps for backward and frees, in the order it does so.
+
+One function per operation of ``lab.model``. Element counts are per rank. Each follows PyTorch's
+derivative formula (tools/autograd/derivatives.yaml); the order of allocations inside a backward was
+read off the allocator's trace on an H200 (torch 2.11) and off the storage tracker on a CPU (2.13).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lab.analytic.reduce import column_sum_workspace_bytes
+from lab.analytic.tape import FP32, INT64, Accumulator, Grads, Node, Tape, Tensor
+from lab.vocab import MemoryCategory
+
+if TYPE_CHECKING:
+    from lab.analytic.checkpoint import Region
+
+EMBEDDING_SORT_ABOVE = 3072  # indices; aten/src/ATen/native/cuda/Embedding.cu
+LOSS = MemoryCategory.LOGITS_AND_LOSS
+
+
+@dataclass
+class Parameter:
+    """A leaf: its tensor (shared storage while it lives) and its gradient accumulator."""
+
+    name: str
+    shape: tuple[int, ...]
+    tensor: Tensor
+    accumulator: Accumulator
+
+    @property
+    def numel(self) -> int:
+        return self.tensor.numel
+
+
+@dataclass
+class Ops:
+    """The operations, bound to one tape and one precision regime.
+
+    ``amp`` is the autocast element size, or None outside autocast. Autocast keeps the cast of every
+    leaf parameter until the outermost context ends (aten/src/ATen/autocast_mode.cpp, cached_cast);
+    ``cast_cache`` is that cache.
+    """
+
+    tape: Tape
+    amp: int | None = None
+    cast_cache: dict[str, Tensor] = field(default_factory=dict)
+    linear_keeps_parameter: bool = False  # DeepSpeed's LinearFunctionForZeroStage3
+    num_streaming_multiprocessors: int = 132
+    region: Region | None = None  # the checkpointed region being run
+
+    # -- helpers -----------------------------------------------------------------------------
+
+    def new(
+        self, numel: int, itemsize: int, label: str, category: MemoryCategory = MemoryCategory.TEMPORARIES
+    ) -> Tensor:
+        return self.tape.new(numel, itemsize, label, category)
+
+    def scratch(self, nbytes: int, label: str) -> None:
+        """Memory that a kernel takes and gives back; only a real allocator sees it."""
+        if nbytes and self.tape.trace.on_device_kernels:
+            self.new(nbytes, 1, label)
+
+    def cast(self, x: Tensor, itemsize: int, label: str) -> Tensor:
+        """x.to(dtype): nothing is kept; backward casts the gradient back."""
+        if x.itemsize == itemsize:
+            return x
+        y = self.new(x.numel, itemsize, label, _kept(x))
+        if x.node is not None:
+            back_size, numel, tape = x.itemsize, x.numel, self.tape
+            category = _kept(x)
+
+            def backward(grads: Grads) -> Grads:
+                return [tape.new(numel, back_size, label + " gradient", category)]
+
+            y.node = Node(tape, [x], backward)
+        return y
+
+    def weight(self, p: Parameter) -> Tensor:
+        """The parameter as an operand under autocast: its cached cast."""
+        if self.amp is None or self.amp == p.tensor.itemsize:
+            return Tensor(p.tensor.storage, p.tensor.numel, p.tensor.itemsize, p.accumulator)
+        if p.name not in self.cast_cache:
+            leaf = Tensor(p.tensor.storage, p.tensor.numel, p.tensor.itemsize, p.accumulator)
+            self.cast_cache[p.name] = self.cast(leaf, self.amp, f"autocast copy of {p.name}")
+        t = self.cast_cache[p.name]
+        return Tensor(t.storage, t.numel, t.itemsize, t.node)
+
+    def _unary(self, x: Tensor, label: str, save_input: bool, grad_label: str) -> Tensor:
+        """One elementwise operation that keeps its input or nothing."""
+        numel, itemsize, tape = x.numel, x.itemsize, self.tape
+        node = Node(tape, [x], lambda _: [tape.new(numel, itemsize, grad_label)], [x] if save_input else [])
+        y = self.new(numel, itemsize, label)
+        y.node = node
+        return y
+
+    def kept_or(
+        self, numel: int, itemsize: int, label: str, category: MemoryCategory = MemoryCategory.TEMPORARIES
+    ) -> Tensor:
+        """The output of a matmul or attention kernel: under a selective policy kept in forward, taken back later."""
+        region = self.region
+        if region is None or region.kept is None:
+            return self.new(numel, itemsize, label, category)
+        if region.replaying:
+            return region.kept.pop(0).view()
+        out = self.new(numel, itemsize, label, MemoryCategory.ACTIVATIONS)
+        region.kept.append(out.view())
+        return out
+
+    # -- embedding, residual, dropout ---------------------------------------------------------
+
+    def embedding(self, p: Parameter, numel_out: int, label: str, rows: int, indices: Tensor | None = None) -> Tensor:
+        """Rows of the table; keeps the indices (int64; the batch itself unless given); dense table gradient.
+
+        Above 3072 indices the CUDA backward sorts them and sums partial segments in fp32
+        (cuda/Embedding.cu, cuda/EmbeddingBackwardKernel.cu): per index two int64 for the sort, three per
+        segment, and one fp32 row per partial segment, at most rows / 10 + min(rows, table rows) of them.
+        """
+        table, itemsize, tape = p.numel, p.tensor.itemsize, self.tape
+        table_rows, width = p.shape
+        leaf = Tensor(p.tensor.storage, table, itemsize, p.accumulator)
+
+        def backward(grads: Grads) -> Grads:
+            if rows <= EMBEDDING_SORT_ABOVE:
+                return [tape.new(table, itemsize, f"gradient of {p.name}")]
+            segments = min(rows, table_rows)
+            partial = rows // 10 + segments
+            held = [self.new(rows, INT64, "sorted indices") for _ in range(2)] if tape.trace.on_device_kernels else []
+            g = tape.new(table, itemsize, f"gradient of {p.name}")
+            self.scratch(
+                8 * (rows + 2 * segments + partial) + FP32 * partial * -(-width // 32) * 32, "partial segments"
+            )
+            del held
+            return [g]
+
+        node = Node(tape, [leaf], backward, [] if indices is None else [indices])
+        y = self.new(numel_out, itemsize, label)
+        y.node = node
+        return y
+
+    def add(self, x: Tensor, y: Tensor, label: str, broadcast: bool = False) -> Tensor:
+        """x + y in the wider type; keeps nothing; a narrower operand's gradient is cast, a broadcast one's summed."""
+        size, tape = max(x.itemsize, y.itemsize), self.tape
+        y_numel, x_size, y_size, same = y.numel, x.itemsize, y.itemsize, not broadcast
+
+        def backward(grads: Grads) -> Grads:
+            g = grads[0]
+            assert g is not None
+            gx = g if x_size == size else tape.new(g.numel, x_size, label + " gradient")
+            if same:
+                gy = g if y_size == size else tape.new(g.numel, y_size, label + " gradient")
+            else:
+                gy = tape.new(y_numel, y_size, label + " summed gradient")
+            return [gx, gy]
+
+        node = Node(tape, [x, y], backward)
+        out = self.new(max(x.numel, y.numel), size, label)
+        out.node = node
+        return out
+
+    def dropout(self, x: Tensor, label: str) -> Tensor:
+        """Fused dropout: keeps a bool mask of one byte per element; backward makes the masked gradient."""
+        numel, itemsize, tape = x.numel, x.itemsize, self.tape
+        y = self.new(numel, itemsize, label)
+        mask = self.new(numel, 1, label + " mask")
+        y.node = Node(tape, [x], lambda _: [tape.new(numel, itemsize, label + " gradient")], [mask])
+        return y
+
+    # -- linear ------------------------------------------------------------------------------
+
+    def linear(self, x: Tensor, w: Parameter, b: Parameter | None, rows: int, label: str, keep: bool = True) -> Tensor:
+        """x [rows, in] @ w.T [in, out] (+ b). Keeps x and w (their autocast copies under autocast).
+
+        Backward without bias: weight gradient, then input gradient (mm); with bias: input gradient,
+        weight gradient, bias gradient by a column sum (addmm).
+        """
+        bias = self.weight(b) if b is not None else None
+        weight = self.weight(w)
+        if self.amp is not None:
+            x = self.cast(x, self.amp, label + " input, autocast copy")
+        out_features, in_features = w.shape
+        size, tape, ops = x.itemsize, self.tape, self
+        category = LOSS if label == "logits" else MemoryCategory.TEMPORARIES
+        # weight.t() is a node between the product and the weight: its gradient waits there for its turn.
+        turned = Tensor(weight.storage, weight.numel, size, Node(tape, [weight], lambda g: [g[0]]))
+        needs_x, numel_x = x.node is not None, x.numel
+
+        def backward(grads: Grads) -> Grads:
+            gx = gw = gb = None
+            if bias_size and needs_x:
+                gx = tape.new(numel_x, size, label + " input gradient")
+            gw = tape.new(out_features * in_features, size, f"gradient of {w.name}")
+            if not bias_size and needs_x:
+                gx = tape.new(numel_x, size, label + " input gradient")
+            if bias_size:
+                gb = tape.new(out_features, size, f"gradient of {w.name} bias")
+                ops.scratch(
+                    column_sum_workspace_bytes(rows, out_features, size, ops.num_streaming_multiprocessors),
+                    "column sum",
+                )
+            return [gx, gw, gb]
+
+        bias_size = 0 if bias is None else bias.itemsize
+        node = Node(tape, [x, turned, bias], backward, [x, turned])
+        del turned, weight, bias
+        y = self.kept_or(rows * out_features, size, label, category)
+        y.node = node
+        return y
+
+    # -- norms, activations --------------------------------------------------------------------
+
+    def norm(self, x: Tensor, w: Parameter, b: Parameter | None, rows: int, kind: str, label: str) -> Tensor:
+        """RMSNorm or LayerNorm over the last dimension.
+
+        Keeps x, fp32 statistics per row (rstd; LayerNorm also the mean) and the weight. LayerNorm is on
+        autocast's fp32 list, and both norms' weights are fp32 under autocast, so the output is fp32 there.
+        """
+        if self.amp is not None:
+            x = self.cast(x, FP32, label + " input, fp32 copy")
+        numel, size, tape = x.numel, x.itemsize, self.tape
+        leaves = [Tensor(p.tensor.storage, p.numel, p.tensor.itemsize, p.accumulator) for p in (w, b) if p is not None]
+        hidden = w.numel
+
+        def backward(grads: Grads) -> Grads:
+            gx = tape.new(numel, size, label + " gradient")
+            return [gx, *(tape.new(hidden, size, f"gradient of {label} weight") for _ in range(num_leaves))]
+
+        num_leaves = len(leaves)
+        node = Node(tape, [x, *leaves], backward, [x])
+        y = self.new(numel, size, label)
+        for statistic in ("mean", "rstd") if kind == "layernorm" else ("rstd",):
+            self.tape.save(node, self.new(rows, FP32, f"{label} {statistic}"))
+        y.node = node
+        return y
+
+    def silu(self, x: Tensor) -> Tensor:
+        return self._unary(x, "silu", True, "silu gradient")
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return self._unary(x, "gelu", True, "gelu gradient")
+
+    def mul(self, x: Tensor, y: Tensor, label: str) -> Tensor:
+        """x * y, both kept; backward makes y's gradient and x's."""
+        numel, size, tape = x.numel, x.itemsize, self.tape
+
+        def backward(grads: Grads) -> Grads:
+            return [tape.new(numel, size, label + " gradient"), tape.new(numel, size, label + " gradient")]
+
+        node = Node(tape, [x, y], backward, [x, y])
+        out = self.new(numel, size, label)
+        out.node = node
+        return out
+
+    # -- rope ----------------------------------------------------------------------------------
+
+    def rope(self, x: Tensor, label: str) -> Tensor:
+        """x * cos + cat(-x2, x1) * sin over tables that need no gradient: nothing of x is kept."""
+        numel, size, tape = x.numel, x.itemsize, self.tape
+        half = numel // 2
+
+        def split_backward(grads: Grads) -> Grads:  # chunk's backward: the halves side by side
+            return [tape.new(numel, size, label + " gradient")]
+
+        split = Node(tape, [x], split_backward, num_slots=2)
+        first, second = x.view(half, split, 0), x.view(half, split, 1)
+        a = self._unary(x, label + " cos product", False, label + " gradient")
+        negated = self._unary(second, label + " negated half", False, label + " gradient")
+
+        def cat_backward(grads: Grads) -> Grads:  # two views of the incoming gradient
+            g = grads[0]
+            assert g is not None
+            return [g.view(half), g.view(half)]
+
+        cat = Node(tape, [negated, first], cat_backward)
+        rotated = self.new(numel, size, label + " rotated", MemoryCategory.TEMPORARIES)
+        rotated.node = cat
+        del negated, first, second
+        b = self._unary(rotated, label + " sin product", False, label + " gradient")
+        del rotated
+        return self.add(a, b, label)
+
+    # -- loss ----------------------------------------------------------------------------------
+
+    def cross_entropy(self, logits: Tensor, rows: int) -> Tensor:
+        """F.cross_entropy of fp32 logits: keeps the log-softmax (and the batch's targets).
+
+        Backward: the log-softmax's gradient is a full fp32 matrix, and so is the logits'.
+        """
+        numel, tape = logits.numel, self.tape
+        node = Node(tape, [logits], lambda _: [tape.new(numel, FP32, "logits gradient", LOSS)])
+        log_softmax = self.new(numel, FP32, "log-softmax", LOSS)
+        self.tape.save(node, log_softmax)
+        log_softmax.node = node
+        nll = Node(tape, [log_softmax], lambda _: [tape.new(numel, FP32, "log-softmax gradient", LOSS)], [log_softmax])
+        loss = self.new(1, FP32, "loss", LOSS)
+        self.tape.save(nll, self.new(1, FP32, "total weight", LOSS))
+        loss.node = nll
+        return loss
+
+    def split(self, x: Tensor, counts: list[int], label: str) -> list[Tensor]:
+        """Views of consecutive parts; backward puts their gradients side by side."""
+        numel, size, tape = x.numel, x.itemsize, self.tape
+        node = Node(tape, [x], lambda _: [tape.new(numel, size, label)], num_slots=len(counts))
+        return [x.view(count, node, i) for i, count in enumerate(counts)]
+
+    def scale(self, x: Tensor, label: str) -> Tensor:
+        """A scalar times or over a constant."""
+        return self._unary(x, label, False, label + " gradient")
+
+
+def _kept(x: Tensor) -> MemoryCategory:
+    return LOSS if x.storage.category is LOSS else MemoryCategory.TEMPORARIES

@@ -1,0 +1,81 @@
+"""Optimizer state and what one optimizer step allocates for a moment, per implementation.
+
+torch/optim/adamw.py and sgd.py (2.11 and 2.13): state is made at the first step, in parameter order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lab.analytic.tape import FP32, Storage, Tape, Tensor
+from lab.config import OptimizerConfig
+from lab.vocab import MemoryCategory
+
+STATES = MemoryCategory.OPTIMIZER_STATES
+
+
+class Optimizer:
+    """AdamW or SGD over flat tensors: ``step`` replays torch.optim's allocations.
+
+    AdamW: exp_avg and exp_avg_sq in the parameter's type, and a step counter per parameter that is on the
+    device (fp32, 4 B) only when fused. SGD: a momentum buffer, unless momentum is 0 (made as a clone of the
+    gradient). Fused steps allocate nothing; foreach AdamW takes sqrt(exp_avg_sq) of all parameters at once;
+    the for-loop takes two such tensors of one parameter, and keeps the last until the next is made.
+    """
+
+    def __init__(self, tape: Tape, cfg: OptimizerConfig) -> None:
+        self.tape, self.cfg = tape, cfg
+        self.states: list[Tensor] = []
+
+    def step(self, params: Sequence[tuple[int, int]]) -> None:
+        """params: (elements, element size) of every parameter with a gradient, in order."""
+        new, implementation = self.tape.new, self.cfg.implementation
+        if not self.states:
+            self._make_states(params)
+        if self.cfg.kind == "sgd":
+            if implementation != "fused" and self.cfg.weight_decay:
+                held = [new(n, size, "gradient plus weight decay") for n, size in params]
+                del held
+            return
+        if implementation == "foreach":
+            held = [new(n, size, "sqrt(exp_avg_sq)") for n, size in params]
+            del held
+        elif implementation == "for_loop":
+            denominator: Tensor | None = None
+            for n, size in params:
+                root = new(n, size, "sqrt(exp_avg_sq)")
+                quotient = new(n, size, "AdamW denominator")
+                del root
+                denominator = quotient
+                del quotient
+            del denominator
+
+    def _make_states(self, params: Sequence[tuple[int, int]]) -> None:
+        new, cfg = self.tape.new, self.cfg
+        for n, size in params:
+            if cfg.kind == "adamw":
+                if cfg.implementation == "fused":
+                    self.states.append(new(1, FP32, "step", STATES))
+                self.states.append(new(n, size, "exp_avg", STATES))
+                self.states.append(new(n, size, "exp_avg_sq", STATES))
+            elif cfg.momentum:
+                self.states.append(new(n, size, "momentum_buffer", STATES))
+
+
+def clip_gradients(tape: Tape, count: int) -> Tensor:
+    """torch.nn.utils.clip_grad_norm_: a norm per gradient, their stack, the total and the coefficient.
+
+    Scalars only (foreach multiplies in place). Returns the total norm, which the caller may keep.
+    """
+    norms = [tape.new(1, FP32, "gradient norm") for _ in range(count)]
+    stacked = tape.new(count, FP32, "gradient norms")
+    total = tape.new(1, FP32, "total norm")
+    del norms, stacked
+    coefficients = [tape.new(1, FP32, "clip coefficient") for _ in range(3)]
+    del coefficients
+    return total
+
+
+def workspace(tape: Tape, nbytes: int, label: str) -> Storage | None:
+    """A library's workspace that the allocator serves once and keeps."""
+    return Storage(tape.trace, nbytes, MemoryCategory.LIBRARY_WORKSPACES, label) if nbytes else None

@@ -1,0 +1,12 @@
+"""One rule per strategy: what is sharded, what is gathered, which buffers live when."""
+
+from __future__ import annotations
+
+from lab.analytic.sharding.base import Rule
+from lab.analytic.sharding.replicated import DDP, Single
+from lab.vocab import Strategy
+
+RULES: dict[Strategy, type[Rule]] = {
+    Strategy.SINGLE: Single,
+    Strategy.DDP: DDP,
+}

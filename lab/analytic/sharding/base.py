@@ -1,0 +1,91 @@
+"""What every strategy's rule has in common: parameters, the optimizer, and where engines hook in."""
+
+from __future__ import annotations
+
+from lab.analytic.architecture import ParameterSpec
+from lab.analytic.ops import Parameter
+from lab.analytic.optimizers import Optimizer, clip_gradients
+from lab.analytic.tape import BF16, FP32, Accumulator, Tape, Tensor
+from lab.config import RunConfig
+from lab.vocab import MemoryCategory, Precision
+
+PARAMETERS = MemoryCategory.PARAMETERS
+
+
+class Rule:
+    """One strategy's memory: made once, then driven through steps. This base is one process without sharding.
+
+    ``steady_step`` is the first step (0-based) from which steps repeat.
+    """
+
+    steady_step = 2
+
+    def __init__(self, cfg: RunConfig, tape: Tape, specs: list[ParameterSpec]) -> None:
+        self.cfg, self.tape, self.specs = cfg, tape, specs
+        self.world = cfg.world_size
+        self.half = cfg.precision.kind is not Precision.FP32
+        self.optimizer = Optimizer(tape, cfg.optimizer)
+        self.parameters: dict[str, Parameter] = {}
+        self.last_micro_step = True
+
+    # -- sizes ---------------------------------------------------------------------------------
+
+    @property
+    def parameter_itemsize(self) -> int:
+        """Bytes per element of the stored parameters."""
+        return BF16 if self.cfg.precision.kind is Precision.BF16_PURE else FP32
+
+    @property
+    def compute_itemsize(self) -> int:
+        """Bytes per element of matmul operands."""
+        return BF16 if self.half else FP32
+
+    @property
+    def autocast(self) -> bool:
+        """Does the forward run under torch.autocast?"""
+        return self.cfg.precision.kind in (Precision.BF16_MIXED, Precision.FP16_MIXED)
+
+    # -- life of a run -------------------------------------------------------------------------
+
+    def build(self) -> None:
+        for spec in self.specs:
+            tensor = self.tape.new(spec.numel, self.parameter_itemsize, spec.name, PARAMETERS)
+            self.add_parameter(spec, tensor)
+
+    def add_parameter(self, spec: ParameterSpec, tensor: Tensor) -> Parameter:
+        accumulator = Accumulator(spec.name)
+        parameter = Parameter(spec.name, spec.shape, tensor, accumulator)
+        accumulator.on_grad = lambda: self.grad_ready(spec, parameter)
+        self.parameters[spec.name] = parameter
+        return parameter
+
+    def start_step(self) -> None: ...
+
+    def finish_backward(self) -> None: ...
+
+    def optimizer_step(self) -> None:
+        norm: Tensor | None = None
+        if self.cfg.train.max_grad_norm is not None:
+            norm = clip_gradients(self.tape, len(self.specs))
+        del norm
+        self.optimizer.step([(s.numel, self.parameter_itemsize) for s in self.specs])
+
+    def zero_grad(self) -> None:
+        for p in self.parameters.values():
+            p.accumulator.grad = None
+
+    # -- hooks around modules: nothing to do without sharding ------------------------------------
+
+    def pre_forward(self, unit: int) -> None: ...
+
+    def post_forward(self, unit: int, out: Tensor) -> Tensor:
+        return out
+
+    def wrap_input(self, unit: int, x: Tensor) -> Tensor:
+        return x
+
+    def use(self, module: str) -> None: ...
+
+    def done(self, module: str) -> None: ...
+
+    def grad_ready(self, spec: ParameterSpec, parameter: Parameter) -> None: ...

@@ -1,0 +1,86 @@
+"""Replays whole steps of a run: build, then forward, backward, optimizer step, zero_grad; with marks."""
+
+from __future__ import annotations
+
+from lab.analytic.architecture import parameters
+from lab.analytic.decoder import Decoder
+from lab.analytic.ops import Ops
+from lab.analytic.optimizers import workspace
+from lab.analytic.sharding import RULES
+from lab.analytic.tape import FP32, INT64, Tape, Tensor, Trace
+from lab.analytic.timeline import phase_mark
+from lab.config import RunConfig
+from lab.vocab import MemoryCategory, StepPhase
+
+
+class Replay:
+    """One rank of one run, symbolically. ``trace.events`` grows with each step."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self.cfg = cfg
+        self.gpu = cfg.hardware.device_type == "cuda"
+        self.trace = Trace(cfg.hardware.allocation_alignment_bytes, self.gpu)
+        self.tape = Tape(self.trace)
+        self.rule = RULES[cfg.parallel.strategy](cfg, self.tape, parameters(cfg.model))
+        self.ops = Ops(self.tape)
+        self.kept: list[object] = []
+        self.done = 0
+
+    def build(self) -> None:
+        """Model, engine, batches and the loss record."""
+        t = self.cfg.train
+        self.rule.build()
+        tokens = t.micro_batch_size * t.seq_len
+        batches = MemoryCategory.ACTIVATIONS
+        self.kept += [self.tape.new(tokens, INT64, "batch", batches) for _ in range(4)]
+        self.kept.append(self.tape.new(t.steps, FP32, "losses", MemoryCategory.LOGITS_AND_LOSS))
+        self.decoder = Decoder(self.cfg, self.ops, self.rule.parameters, self.rule)
+
+    def step(self) -> None:
+        """One optimizer step."""
+        self.rule.start_step()
+        accumulation = self.cfg.train.gradient_accumulation_steps
+        for micro in range(accumulation):
+            self.rule.last_micro_step = micro == accumulation - 1
+            self._mark(StepPhase.FORWARD, False)
+            loss = self._forward()
+            self._mark(StepPhase.FORWARD, True)
+            self._mark(StepPhase.BACKWARD, False)
+            self._workspace("cuBLAS workspace, backward thread", StepPhase.BACKWARD)
+            self.tape.backward(loss)
+            self.rule.finish_backward()
+            del loss
+            self._mark(StepPhase.BACKWARD, True)
+        self._mark(StepPhase.OPTIMIZER_STEP, False)
+        self.rule.optimizer_step()
+        self._mark(StepPhase.OPTIMIZER_STEP, True)
+        self._mark(StepPhase.ZERO_GRAD, False)
+        self.rule.zero_grad()
+        self._mark(StepPhase.ZERO_GRAD, True)
+        self.done += 1
+
+    def _mark(self, phase: StepPhase, end: bool) -> None:
+        self.trace.mark(phase_mark(self.done, phase, end))
+
+    def _workspace(self, label: str, phase: StepPhase) -> None:
+        """cuBLAS takes its workspace at the first matmul of each (handle, stream); threads have own handles."""
+        if self.done == 0 and phase not in self.kept:
+            self.kept += [phase, workspace(self.tape, self.cfg.hardware.cublas_workspace_bytes, label)]
+
+    def _forward(self) -> Tensor:
+        model, train = self.cfg.model, self.cfg.train
+        if self.done == 0 and model.position == "rope" and StepPhase.BUILD not in self.kept:
+            self.kept.append(StepPhase.BUILD)
+            size = self.rule.compute_itemsize
+            self.kept += [
+                self.tape.new(train.seq_len * model.head_dim, size, f"rope {name}", MemoryCategory.PARAMETERS)
+                for name in ("cos", "sin")
+            ]
+        self._workspace("cuBLAS workspace, forward thread", StepPhase.FORWARD)
+        self.ops.amp = self.rule.compute_itemsize if self.rule.autocast else None
+        self.ops.cast_cache = {}
+        loss = self.decoder.forward()
+        self.ops.cast_cache = {}  # autocast ends with the forward pass
+        if train.gradient_accumulation_steps > 1:
+            loss = self.ops.scale(loss, "loss over micro-steps")
+        return loss

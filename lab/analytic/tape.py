@@ -1,0 +1,260 @@
+"""Symbolic tensors and a symbolic autograd engine: PyTorch's lifetimes without PyTorch.
+
+A training step is replayed over tensors that have a size and no data. Allocating and freeing is
+recorded in order. Lifetimes are PyTorch's because ownership is: a storage lives as long as a
+Python object here refers to it, as libtorch's intrusive pointers do there, and the backward pass
+follows the engine's own rules (torch/csrc/autograd/engine.cpp, input_buffer.cpp,
+functions/accumulate_grad.cpp):
+
+- ready nodes run in descending order of creation; gradient accumulators run first of all;
+- a node's incoming gradients and saved tensors are dropped before its outputs are routed on;
+- two gradients of one tensor are added in place when the first is held by nobody else;
+- a parameter's first gradient is taken over without a copy, later ones are added in place.
+
+What this leaves out: views make no node of their own here unless their place in the order matters.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable
+from sys import getrefcount
+
+from lab.vocab import MemoryCategory
+
+FP32, BF16, FP16, INT64, BOOL = 4, 2, 2, 8, 1
+
+ALLOC, FREE, MOVE, MARK = 0, 1, 2, 3
+Event = tuple[int, int, int, str, str]
+"""(kind, storage id, bytes, category or mark, label)."""
+
+
+class Trace:
+    """Events in order. ``alignment`` rounds every size up, as the caching allocator does (512 B on CUDA)."""
+
+    __slots__ = ("alignment", "events", "inplace_accumulation", "next_id", "on_device_kernels")
+
+    def __init__(self, alignment: int = 1, on_gpu: bool = True) -> None:
+        self.alignment = alignment
+        self.events: list[Event] = []
+        self.next_id = 0
+        # The CPU stand-in for the allocator sees tensors, not what a kernel allocates inside itself.
+        self.on_device_kernels = on_gpu
+        # It also is a dispatch mode, under which the engine adds gradients out of place
+        # (input_buffer.cpp asks isTensorSubclassLike, true while a mode is active).
+        self.inplace_accumulation = on_gpu
+
+    def mark(self, name: str) -> None:
+        self.events.append((MARK, -1, 0, name, ""))
+
+
+class Storage:
+    """Bytes on the device: allocated when made, freed with the last reference to it."""
+
+    __slots__ = ("category", "id", "label", "live", "nbytes", "trace")
+
+    def __init__(self, trace: Trace, nbytes: int, category: MemoryCategory, label: str) -> None:
+        self.trace, self.nbytes, self.category, self.label = trace, nbytes, category, label
+        self.live = False
+        self.resize(True)
+
+    def resize(self, live: bool) -> None:
+        """Give the bytes back while references remain, or take them again (untyped_storage().resize_)."""
+        if live and not self.live and self.nbytes:
+            self.id = self.trace.next_id
+            self.trace.next_id += 1
+            a = self.trace.alignment
+            size = -(-self.nbytes // a) * a
+            self.trace.events.append((ALLOC, self.id, size, self.category, self.label))
+        elif self.live and not live and self.nbytes:
+            self.trace.events.append((FREE, self.id, 0, "", ""))
+        self.live = live
+
+    def move(self, category: MemoryCategory) -> None:
+        """The same bytes serve another purpose from here on."""
+        if category != self.category:
+            self.category = category
+            if self.live and self.nbytes:
+                self.trace.events.append((MOVE, self.id, 0, category, ""))
+
+    def __del__(self) -> None:
+        if self.live:
+            self.resize(False)
+
+
+class Tensor:
+    """A storage with an element count, an element size and the node that made it (None: no gradient)."""
+
+    __slots__ = ("itemsize", "node", "numel", "slot", "storage")
+
+    def __init__(self, storage: Storage, numel: int, itemsize: int, node: Node | None = None, slot: int = 0) -> None:
+        self.storage, self.numel, self.itemsize, self.node, self.slot = storage, numel, itemsize, node, slot
+
+    def view(self, numel: int | None = None, node: Node | None = None, slot: int = 0) -> Tensor:
+        """Another tensor over the same storage."""
+        return Tensor(self.storage, self.numel if numel is None else numel, self.itemsize, node, slot)
+
+
+Grads = list["Tensor | None"]
+Backward = Callable[[Grads], Grads]
+
+
+class Node:
+    """One autograd node: ``backward`` maps output gradients to input gradients, then ``saved`` is dropped."""
+
+    __slots__ = ("backward", "buffer", "deps", "edges", "hooks", "num_slots", "saved", "seq", "unpack")
+
+    def __init__(
+        self,
+        tape: Tape,
+        inputs: Iterable[Tensor | None],
+        backward: Backward,
+        saved: Iterable[Tensor] = (),
+        num_slots: int = 1,
+    ) -> None:
+        self.seq = tape.next_seq()
+        self.edges = [(t.node, t.slot) if t is not None and t.node is not None else None for t in inputs]
+        self.backward: Backward | None = backward
+        self.num_slots = num_slots
+        self.buffer: Grads | None = None
+        self.deps = 0
+        self.hooks: list[Callable[[], None]] | None = None
+        self.saved: list[Tensor] = []
+        self.unpack: Callable[[], None] | None = None
+        for tensor in saved:
+            tape.save(self, tensor)
+
+
+class Accumulator(Node):
+    """AccumulateGrad of one parameter: takes its gradient over, then calls ``on_grad``."""
+
+    __slots__ = ("grad", "name", "on_grad")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.seq = 1 << 62  # UINT64_MAX there: runs as soon as it is ready
+        self.edges = []
+        self.saved, self.unpack = [], None
+        self.backward = self._accumulate
+        self.num_slots, self.buffer, self.deps, self.hooks = 1, None, 0, None
+        self.grad: Tensor | None = None
+        self.on_grad: Callable[[], None] | None = None
+
+    def _accumulate(self, grads: Grads) -> Grads:
+        if self.grad is None:
+            grad = grads[0]
+            assert grad is not None
+            grad.storage.move(MemoryCategory.GRADIENTS)
+            self.grad = grad.view()
+            del grad
+        grads[0] = None
+        if self.on_grad is not None:
+            self.on_grad()
+        return []
+
+
+class Tape:
+    """Makes nodes in order; ``backward`` runs them."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self._seq = 0
+        self.pack: Callable[[Node, Tensor], None] | None = None  # a checkpointed region's saved-tensor hook
+
+    def next_seq(self) -> int:
+        self._seq += 1
+        return self._seq
+
+    def seq_state(self) -> int:
+        return self._seq
+
+    def restore_seq(self, seq: int) -> None:
+        """Forget nodes made since ``seq_state``: a recomputation's graph is never run."""
+        self._seq = seq
+
+    def save(self, node: Node, tensor: Tensor) -> None:
+        """Saved-tensor semantics: the storage is kept and counts as an activation from now on."""
+        if self.pack is not None:
+            self.pack(node, tensor)
+            return
+        if tensor.storage.category is MemoryCategory.TEMPORARIES:
+            tensor.storage.move(MemoryCategory.ACTIVATIONS)
+        node.saved.append(tensor.view())
+
+    def new(
+        self, numel: int, itemsize: int, label: str, category: MemoryCategory = MemoryCategory.TEMPORARIES
+    ) -> Tensor:
+        return Tensor(Storage(self.trace, numel * itemsize, category, label), numel, itemsize)
+
+    def backward(self, root: Tensor) -> None:
+        """Run the graph behind ``root`` (a scalar loss) and free it."""
+        assert root.node is not None
+        _count_dependencies(root.node)
+        seed: Grads = [None] * root.node.num_slots
+        seed[root.slot] = self.new(1, root.itemsize, "loss gradient")
+        root.node.buffer = seed
+        del seed
+        ready = [(-root.node.seq, 0, root.node)]
+        root.node = None
+        ties = 0
+        while ready:
+            node = heapq.heappop(ready)[2]
+            if node.hooks is not None:
+                for hook in node.hooks:
+                    hook()
+            if node.unpack is not None:
+                node.unpack()
+            grads = node.buffer
+            node.buffer = None
+            run = node.backward
+            assert grads is not None and run is not None
+            outputs = run(grads)
+            del grads, run
+            if not isinstance(node, Accumulator):
+                node.saved, node.backward, node.unpack = [], None, None
+            edges = node.edges
+            del node
+            outputs.reverse()
+            for edge in edges:
+                grad = outputs.pop()
+                if edge is None:
+                    continue
+                target, slot = edge
+                if grad is not None:
+                    self._add(target, slot, grad)
+                del grad
+                target.deps -= 1
+                if target.deps == 0 and target.buffer is not None:
+                    ties += 1
+                    heapq.heappush(ready, (-target.seq, ties, target))
+                del target
+
+    def _add(self, node: Node, slot: int, grad: Tensor) -> None:
+        """InputBuffer::add for ``node``; a parameter's second gradient goes straight into the first."""
+        if isinstance(node, Accumulator) and node.buffer is None:
+            node.buffer = [grad]
+            return
+        if node.buffer is None:
+            node.buffer = [None] * node.num_slots
+        old = node.buffer[slot]
+        if old is None:
+            node.buffer[slot] = grad
+            return
+        # Held by the buffer, by `old` here and by getrefcount's argument; the storage by `old` alone.
+        alone = getrefcount(old) == 3 and getrefcount(old.storage) == 2
+        if not (alone and self.trace.inplace_accumulation):
+            node.buffer[slot] = self.new(old.numel, max(old.itemsize, grad.itemsize), "accumulated gradient")
+
+
+def _count_dependencies(root: Node) -> None:
+    stack, seen = [root], {id(root)}
+    while stack:
+        for edge in stack.pop().edges:
+            if edge is None:
+                continue
+            target = edge[0]
+            if id(target) not in seen:
+                seen.add(id(target))
+                target.deps = 0
+                stack.append(target)
+            target.deps += 1
