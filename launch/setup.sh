@@ -4,7 +4,7 @@
 # Needs Python 3.11 or newer and, the first time, a package index that pip can reach. Afterwards nothing is
 # downloaded until pyproject.toml changes. PYTHON=/path/to/python chooses the interpreter.
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 LAB_PYTHON="$PWD/.venv/bin/python"
 
 # The first interpreter that is new enough; PYTHON wins.
@@ -50,7 +50,7 @@ install() {
     rm -rf .venv
     return 1
   fi
-  pip_install=("$LAB_PYTHON" -m pip install --quiet --disable-pip-version-check --no-input)
+  pip_install=("$LAB_PYTHON" -m pip install --quiet --quiet --disable-pip-version-check --no-input)
   # Without a GPU pin torch first: a looser request may bring gigabytes of CUDA libraries.
   if ! has_gpu && ! has_torch "$LAB_PYTHON"; then
     "${pip_install[@]}" torch==2.13.0
