@@ -50,11 +50,12 @@ class Batches:
         self.order = SequenceOrder(num_sequences, cfg.seed)
         shape = (train.micro_batch_size, train.seq_len)
         self._pairs: list[Pair] = [self._empty_pair(shape, device) for _ in range(2)]
+        self._device = device
         self._on_gpu = device.type == "cuda"
-        # On a CPU the buffers are filled in place; a GPU's are copied from pinned memory.
-        self._host: list[Pair] = (
-            [self._empty_pair(shape, None) for _ in range(_STAGING_PAIRS)] if self._on_gpu else self._pairs
-        )
+        self._host = self._pairs  # on a CPU the buffers are filled in place; a GPU's are copied from pinned memory
+        if self._on_gpu:
+            with torch.cuda.device(device):  # pinning makes a CUDA context: on this rank's GPU, not on the first
+                self._host = [self._empty_pair(shape, None) for _ in range(_STAGING_PAIRS)]
         self._copied: list[torch.cuda.Event | None] = [None] * len(self._host)
         self._taken = 0  # micro-batches handed out
         self._filled = 0  # micro-batches copied, or being copied, to the device
@@ -71,8 +72,7 @@ class Batches:
     def next(self) -> Pair:
         """Tokens and targets of the next micro-batch, both int64 [micro_batch_size, seq_len] on the device.
 
-        The pair is one of two that take turns: it holds until the second next() after this one (with a
-        prefetch() between, until that prefetch's successor).
+        Two pairs take turns: this one is overwritten by the first prefetch() or next() after the following next().
         """
         if self._filled == self._taken:
             self.prefetch()
@@ -97,7 +97,7 @@ class Batches:
             for target, source in zip(self._pairs[self._filled % 2], host, strict=True):
                 target.copy_(source, non_blocking=True)
             self._copied[slot] = event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
         self._filled += 1
 
     def buffers(self) -> list[torch.Tensor]:
