@@ -150,7 +150,7 @@ def simulate(events: Sequence[Event], num_storages: int, limit_bytes: int | None
     block_bytes, reserved = [0] * num_storages, []
     for i, event in enumerate(events):
         if event[0] == ALLOC:
-            block = allocator.malloc(event[2], event[5] if len(event) > 5 else 0, i)
+            block = allocator.malloc(event[2], event[5], i)
             live[event[1]] = block
             block_bytes[event[1]] = block.size
         elif event[0] == FREE:

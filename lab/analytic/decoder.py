@@ -133,13 +133,15 @@ class Decoder:
         x = self._norm(x, "norm")
         return hooks.post_forward(-1, self._loss(x))
 
-    def _head_loss(self, x: Tensor, rows: int) -> Tensor:
+    def _head_loss(self, x: Tensor, rows: int, keep_logits: bool = False) -> Tensor:
+        """Logits, their fp32 copy, the loss. ``keep_logits``: a local variable holds the logits to the end."""
         name = "embedding" if self.cfg.model.tied_head else "head"
         self.hooks.use("head")
         logits = self.ops.linear(x, self.p[f"{name}.weight"], None, rows, "logits")
         self.hooks.done("head")
         wide = self.ops.cast(logits, FP32, "logits, fp32")
-        del logits
+        if not keep_logits:
+            del logits
         return self.ops.cross_entropy(wide, rows)
 
     def _loss(self, x: Tensor) -> Tensor:
@@ -155,7 +157,7 @@ class Decoder:
         total = ops.new(1, x.itemsize, "loss sum")
         split = ops.split(x, [c * hidden for c in counts], "chunk gradients")
         for chunk, count in zip(split, counts, strict=True):
-            part = checkpoint(ops, lambda t, c=count: self._head_loss(t, c), chunk, selective=False)
+            part = checkpoint(ops, lambda t, c=count: self._head_loss(t, c, True), chunk, selective=False)
             total = ops.add(total, part, "loss sum")
             del part
         return ops.scale(total, "loss")

@@ -25,19 +25,20 @@ from lab.vocab import MemoryCategory
 FP32, BF16, FP16, INT64, BOOL = 4, 2, 2, 8, 1
 
 ALLOC, FREE, MOVE, MARK = 0, 1, 2, 3
-Event = tuple[int, int, int, str, str]
-"""(kind, storage id, bytes, category or mark, label)."""
+Event = tuple[int, int, int, str, str, int]
+"""(kind, storage id, bytes, category or mark, label, stream)."""
 
 
 class Trace:
     """Events in order. ``alignment`` rounds every size up, as the caching allocator does (512 B on CUDA)."""
 
-    __slots__ = ("alignment", "events", "inplace_accumulation", "next_id", "on_device_kernels")
+    __slots__ = ("alignment", "events", "inplace_accumulation", "next_id", "on_device_kernels", "stream")
 
     def __init__(self, alignment: int = 1, on_gpu: bool = True) -> None:
         self.alignment = alignment
         self.events: list[Event] = []
         self.next_id = 0
+        self.stream = 0  # the allocator keeps a pool per stream
         # The CPU stand-in for the allocator sees tensors, not what a kernel allocates inside itself.
         self.on_device_kernels = on_gpu
         # It also is a dispatch mode, under which the engine adds gradients out of place
@@ -45,7 +46,7 @@ class Trace:
         self.inplace_accumulation = on_gpu
 
     def mark(self, name: str) -> None:
-        self.events.append((MARK, -1, 0, name, ""))
+        self.events.append((MARK, -1, 0, name, "", 0))
 
 
 class Storage:
@@ -65,9 +66,9 @@ class Storage:
             self.trace.next_id += 1
             a = self.trace.alignment
             size = -(-self.nbytes // a) * a
-            self.trace.events.append((ALLOC, self.id, size, self.category, self.label))
+            self.trace.events.append((ALLOC, self.id, size, self.category, self.label, self.trace.stream))
         elif self.live and not live and self.nbytes:
-            self.trace.events.append((FREE, self.id, 0, "", ""))
+            self.trace.events.append((FREE, self.id, 0, "", "", 0))
         self.live = live
 
     def move(self, category: MemoryCategory) -> None:
@@ -75,7 +76,7 @@ class Storage:
         if category != self.category:
             self.category = category
             if self.live and self.nbytes:
-                self.trace.events.append((MOVE, self.id, 0, category, ""))
+                self.trace.events.append((MOVE, self.id, 0, category, "", 0))
 
     def __del__(self) -> None:
         if self.live:

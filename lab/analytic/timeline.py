@@ -35,7 +35,7 @@ def totals(events: Sequence[Event], sizes: Sequence[int] | None = None) -> list[
     """Allocated bytes after each event. ``sizes`` overrides a storage's bytes by id (the allocator's blocks)."""
     live: dict[int, int] = {}
     out, total = [], 0
-    for kind, ident, nbytes, _, _ in events:
+    for kind, ident, nbytes, _, _, _ in events:
         if kind == ALLOC:
             size = nbytes if sizes is None else sizes[ident]
             live[ident] = size
@@ -53,7 +53,7 @@ def categories_at(events: Sequence[Event], indices: Sequence[int], sizes: Sequen
     moments: list[Moment] = []
     wanted = iter(indices)
     target = next(wanted, None)
-    for i, (kind, ident, nbytes, category, _) in enumerate(events):
+    for i, (kind, ident, nbytes, category, _, _) in enumerate(events):
         if kind == ALLOC:
             size = nbytes if sizes is None else sizes[ident]
             live[ident] = (size, category)

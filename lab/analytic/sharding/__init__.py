@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from lab.analytic.sharding.base import Rule
+from lab.analytic.sharding.fsdp import FSDP
 from lab.analytic.sharding.replicated import DDP, Single
 from lab.vocab import Strategy
 
 RULES: dict[Strategy, type[Rule]] = {
     Strategy.SINGLE: Single,
     Strategy.DDP: DDP,
+    Strategy.FSDP: FSDP,
+    Strategy.FSDP_GRAD_OP: FSDP,
+    Strategy.HSDP: FSDP,
 }

@@ -68,7 +68,11 @@ class Rule:
         if self.cfg.train.max_grad_norm is not None:
             norm = clip_gradients(self.tape, len(self.specs))
         del norm
-        self.optimizer.step([(s.numel, self.parameter_itemsize) for s in self.specs])
+        self.optimizer.step(self.optimizer_parameters())
+
+    def optimizer_parameters(self) -> list[tuple[int, int]]:
+        """(elements, element size) of what the optimizer sees, in order."""
+        return [(s.numel, self.parameter_itemsize) for s in self.specs]
 
     def zero_grad(self) -> None:
         for p in self.parameters.values():

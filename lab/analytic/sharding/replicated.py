@@ -17,25 +17,27 @@ class Single(Rule):
 class DDP(Rule):
     """DistributedDataParallel (torch/csrc/distributed/c10d/reducer.cpp).
 
-    Gradients are copied into flat buckets (first 1 MiB, then ``bucket_cap_mb``), which live as long as the
-    model: a second copy of all gradients. With ``gradient_as_bucket_view`` each gradient, once made, is moved
-    into its bucket and becomes a view of it. Buckets are rebuilt after the first backward in the order in
-    which gradients arrived.
+    Gradients are copied into flat buckets, which live as long as the model: a second copy of all gradients.
+    With ``gradient_as_bucket_view`` each gradient, once made, is moved into its bucket and becomes a view of it.
+    The first backward has one bucket for everything (distributed.py, _ddp_init_helper); at the next forward the
+    buckets are made anew in the order in which gradients arrived: 1 MiB, then ``bucket_cap_mb``.
+
+    Left out: NCCL's watchdog (100 ms) decides when the first bucket is really freed, because the all-reduce's
+    Work holds it (ProcessGroupNCCL, stashed_for_allocator_safety_); very fast first steps keep it longer.
     """
 
     def build(self) -> None:
         super().build()
-        self.buckets = self._buckets(list(reversed(self.specs)))
+        self.buckets = self._buckets(self.specs, [sum(s.numel for s in self.specs) * self.parameter_itemsize])
         self.arrived: list[ParameterSpec] = []
         self.rebuilt = False
 
-    def _buckets(self, order: list[ParameterSpec]) -> list[Tensor]:
-        """Sizes as compute_bucket_assignment_by_size: a bucket closes when it reaches its cap."""
+    def _buckets(self, order: list[ParameterSpec], caps: list[int]) -> list[Tensor]:
+        """Sizes as compute_bucket_assignment_by_size: a bucket closes when it reaches its cap, in bytes."""
         category = (
             MemoryCategory.GRADIENTS if self.cfg.parallel.ddp.gradient_as_bucket_view else MemoryCategory.COMM_BUFFERS
         )
         size = self.parameter_itemsize
-        caps = [MIB, int(self.cfg.parallel.ddp.bucket_cap_mb * MIB)]
         sizes, filled = [], 0
         for spec in order:
             filled += spec.numel
@@ -48,7 +50,7 @@ class DDP(Rule):
         return [self.tape.new(n, size, "DDP bucket", category) for n in sizes]
 
     def grad_ready(self, spec: ParameterSpec, parameter: Parameter) -> None:
-        if not self.rebuilt:
+        if not self.rebuilt and self.last_micro_step:
             self.arrived.append(spec)
         if self.cfg.parallel.ddp.gradient_as_bucket_view and self.last_micro_step:
             parameter.accumulator.grad = None
@@ -58,5 +60,5 @@ class DDP(Rule):
         if self.arrived and not self.rebuilt:
             self.rebuilt = True
             old = self.buckets
-            self.buckets = self._buckets(self.arrived)
+            self.buckets = self._buckets(self.arrived, [MIB, int(self.cfg.parallel.ddp.bucket_cap_mb * MIB)])
             del old
