@@ -23,12 +23,14 @@ def make_meter(cfg: RunConfig, device: torch.device, rank: int, local_rank: int)
     """The meter that ``cfg.measure`` asks for: off, or counters with ledgers and a snapshot where wanted."""
     level, steps = cfg.measure.level, cfg.train.steps
     if level == "off":
-        return Meter(rank, local_rank)
+        return Meter(rank, local_rank, torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
     ledger_steps = range(steps) if level == "ledger" else frozenset(s % steps for s in cfg.measure.ledger_steps)
     backend = make_backend(device)
     if cfg.train.compile and ledger_steps:
         backend.notes.append("train.compile: no ledgers, since hooks on saved tensors would compile another graph")
         ledger_steps = frozenset()
+    if cfg.train.compile and device.type == "cpu":
+        backend.notes.append("train.compile: nothing is compiled while the CPU tracker's dispatch mode is on")
     workspaces = (cfg.hardware.cublas_workspace_bytes, cfg.hardware.cublaslt_workspace_bytes)
     ledger = Ledger(cfg.model.vocab_size, workspaces, cfg.checkpointing.kind is Checkpointing.SELECTIVE)
     widths = (cfg.model.hidden_size, cfg.model.intermediate_size, cfg.model.num_heads * cfg.model.head_dim)

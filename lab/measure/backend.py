@@ -19,6 +19,7 @@ from lab.measure.cpu_tracker import StorageTracker
 from lab.measure.timing import Clock
 
 _SETTLE_SECONDS = 0.001
+_DEVICE_PATIENCE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +99,14 @@ class CudaBackend:
         return event
 
     def elapsed(self, begin: Any, end: Any, wait: bool) -> float | None:
-        """Seconds on the device between two marks; None while the device has not passed the second."""
-        if wait:
-            end.synchronize()
-        elif not end.query():
-            return None
+        """Seconds on the device between two marks; None while it has not passed the second. Raises RuntimeError."""
+        deadline = time.monotonic() + _DEVICE_PATIENCE_SECONDS
+        while not end.query():
+            if not wait:
+                return None
+            if time.monotonic() > deadline:  # a collective whose peer is gone never ends
+                raise RuntimeError(f"the device did not come to an end within {_DEVICE_PATIENCE_SECONDS:.0f} s")
+            time.sleep(0.001)
         return float(begin.elapsed_time(end)) / 1e3
 
     def reuse(self, mark: Any) -> None:

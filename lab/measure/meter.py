@@ -24,12 +24,12 @@ class Meter:
     step, in order; on a GPU when its times are known, which may be a step later.
     """
 
-    def __init__(self, rank: int, local_rank: int) -> None:
+    def __init__(self, rank: int, local_rank: int, device_name: str, source: str = "off") -> None:
         self.current_phase: StepPhase | None = StepPhase.BUILD
         self.current_step = -1
         self.on_step: Callable[[StepMeasurement], None] | None = None
         self.snapshot_dir: Path | None = None  # where measure=snapshot writes; set by whoever knows the run's folder
-        self._result = RankMeasurement(rank, local_rank, platform.node(), "cpu", "off")
+        self._result = RankMeasurement(rank, local_rank, platform.node(), device_name, source)
 
     def start(self) -> None:
         """Before the model is built."""

@@ -8,7 +8,6 @@ times stand apart; the counters it reads are those of any other step.
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -39,13 +38,10 @@ class AllocatorMeter(Meter):
         ledger_steps: Collection[int] = (),
         snapshot_step: int | None = None,
     ) -> None:
-        super().__init__(rank, local_rank)
+        super().__init__(rank, local_rank, backend.device_name, backend.source)
         self._backend, self._times = backend, StepTimes(backend)
         self._device_use, self._host_use = DeviceUse(device), HostUse()
-        notes = [*backend.notes, *self._device_use.notes]
-        self._result = RankMeasurement(
-            rank, local_rank, platform.node(), backend.device_name, backend.source, notes=notes
-        )
+        self._result.notes += [*backend.notes, *self._device_use.notes]
         self._ledger, self._ledger_steps, self._snapshot_step = ledger, ledger_steps, snapshot_step
         self._live_tensors: LiveTensors = tuple
         self._unseen: UnseenAllocations = tuple
@@ -123,8 +119,9 @@ class AllocatorMeter(Meter):
 
     def measurement(self) -> RankMeasurement:
         self._hand_out(wait=True)
+        when = f"step {self._readings_step}" if self._readings_step >= 0 else "before the first step"
         left = [
-            f"unattributed at the end of {phase.value}, step {self._readings_step}: {by_size(reading.unclaimed)}"
+            f"unattributed at the end of {phase.value}, {when}: {by_size(reading.unclaimed)}"
             for phase, reading in self._readings.items()
             if reading.unclaimed
         ]
