@@ -16,7 +16,8 @@ def build_meta_model(cfg: RunConfig) -> Decoder:
     """The model on the meta device in its parameter dtype: no memory, no values."""
     with torch.device("meta"):
         model = Decoder(cfg.model, cfg.attention, cfg.loss)
-    return model.to(parameter_dtype(cfg))
+    model.to(parameter_dtype(cfg))
+    return model
 
 
 def build(cfg: RunConfig, device: torch.device) -> Engine:

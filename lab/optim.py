@@ -39,3 +39,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     """Plain host-side floats: no device tensor is added."""
     for group in optimizer.param_groups:
         group["lr"] = value
+
+
+def scaled_step(
+    cfg: RunConfig,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    parameters: list[nn.Parameter],
+) -> None:
+    """Clip the global gradient norm (foreach) where asked, then step; with fp16 loss scaling around both.
+
+    Parameters may be DTensors: the norm and the search for infinities then agree over ranks.
+    """
+    if cfg.train.max_grad_norm is not None:
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(parameters, cfg.train.max_grad_norm)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()

@@ -34,6 +34,9 @@ class Engine(Protocol):
     def live_tensors(self) -> Iterator[LiveTensor]:
         """Tensors that live between kernels, by category; storages may repeat, the first category counts."""
 
+    def unseen_allocations(self) -> Iterator[tuple[MemoryCategory, int]]:
+        """Exact bytes of allocations that no Python tensor refers to: DDP's buckets."""
+
     def close(self) -> None:
         """Drop every tensor, hook and patch, so that the process group can be destroyed."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lab.config import RunConfig
-from lab.optim import build_optimizer, learning_rate, set_learning_rate
+from lab.optim import build_optimizer, learning_rate, scaled_step, set_learning_rate
 from lab.parallel.engine import LiveTensor, cached_tensors, optimizer_state_tensors
 from lab.parallel.materialise import initial_value, slots
 from lab.transforms.precision import compute_dtype, grad_scaler
@@ -43,8 +44,8 @@ class FSDPEngine:
         self.model = _shard(cfg, model, device)
         _initialise_shards(cfg, self.model, device)
         # The sharded parameters, kept here because a gathered unit shows its whole ones instead.
-        self.shards = [p for p in self.model.parameters() if isinstance(p, DTensor)]
-        self.optimizer = build_optimizer(self.model.parameters(), cfg.optimizer)
+        self.shards: list[Any] = [p for p in self.model.parameters() if isinstance(p, DTensor)]
+        self.optimizer = build_optimizer(self.shards, cfg.optimizer)
         self.scaler = grad_scaler(cfg, device)
         self._step = 0
 
@@ -62,17 +63,7 @@ class FSDPEngine:
     def optimizer_step(self) -> None:
         set_learning_rate(self.optimizer, learning_rate(self.cfg, self._step))
         self._step += 1
-        if self.scaler:
-            # Always unscaled here: the fused optimizers take a plain tensor as scale and have DTensors
-            # for parameters. unscale_ agrees over ranks on infinities (DTensor's found_inf reduction).
-            self.scaler.unscale_(self.optimizer)
-        if self.cfg.train.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.train.max_grad_norm)
-        if self.scaler:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            self.optimizer.step()
+        scaled_step(self.cfg, self.optimizer, self.scaler, self.shards)
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -90,6 +81,9 @@ class FSDPEngine:
         for tensor in optimizer_state_tensors(self.optimizer, self.device):
             yield MemoryCategory.OPTIMIZER_STATES, _local(tensor)
         yield from cached_tensors(self.model)
+
+    def unseen_allocations(self) -> Iterator[tuple[MemoryCategory, int]]:
+        return iter(())
 
     def close(self) -> None:
         self.zero_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lab.config import RunConfig
-from lab.optim import build_optimizer, learning_rate, set_learning_rate
+from lab.optim import build_optimizer, learning_rate, scaled_step, set_learning_rate
 from lab.parallel.engine import LiveTensor, cached_tensors, optimizer_state_tensors, parameters_and_gradients
 from lab.parallel.materialise import materialise
 from lab.transforms.precision import autocast, grad_scaler
@@ -21,8 +21,8 @@ from lab.vocab import MemoryCategory, Strategy
 class ReplicatedEngine:
     """Weights as they are, autocast around forward in mixed precision, torch.optim.
 
-    DDP's reduction buckets live in C++. With ``gradient_as_bucket_view`` the gradients are views of them
-    and count as gradients; without, no Python object refers to them and they stay unattributed.
+    DDP's reduction buckets live in C++: no Python object refers to them, DDP's log tells their sizes. With
+    ``gradient_as_bucket_view`` the gradients are views of them and count as gradients while they exist.
     """
 
     def __init__(self, cfg: RunConfig, model: nn.Module, device: torch.device) -> None:
@@ -56,15 +56,7 @@ class ReplicatedEngine:
     def optimizer_step(self) -> None:
         set_learning_rate(self.optimizer, learning_rate(self.cfg, self._step))
         self._step += 1
-        if self.cfg.train.max_grad_norm is not None:
-            if self.scaler:
-                self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parameters, self.cfg.train.max_grad_norm)
-        if self.scaler:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            self.optimizer.step()
+        scaled_step(self.cfg, self.optimizer, self.scaler, self.parameters)
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -74,6 +66,15 @@ class ReplicatedEngine:
         for tensor in optimizer_state_tensors(self.optimizer, self.device):
             yield MemoryCategory.OPTIMIZER_STATES, tensor
         yield from cached_tensors(self.decoder)
+
+    def unseen_allocations(self) -> Iterator[tuple[MemoryCategory, int]]:
+        if isinstance(self.model, DistributedDataParallel):
+            log = self.model._get_ddp_logging_data()
+            # Made at construction; made again in the second step, in the order of the first one's gradients.
+            for name in ("rebuilt_bucket_sizes", "bucket_sizes"):
+                for size in str(log.get(name, "")).split(","):
+                    if size.strip():
+                        yield MemoryCategory.COMM_BUFFERS, int(size)
 
     def close(self) -> None:
         self.zero_grad()

@@ -105,6 +105,9 @@ class ZeroEngine:
             yield MemoryCategory.OPTIMIZER_STATES, tensor
         yield from cached_tensors(self.engine.module)
 
+    def unseen_allocations(self) -> Iterator[tuple[MemoryCategory, int]]:
+        return iter(())
+
     def close(self) -> None:
         # Without this, about one run in ten aborts at interpreter shutdown, after success.
         self.engine.destroy()

@@ -44,7 +44,8 @@ def parameter_dtype(cfg: RunConfig) -> torch.dtype:
 def autocast(cfg: RunConfig, device: torch.device) -> AbstractContextManager[Any]:
     """Around the forward of single and ddp: autocast in mixed precision, nothing otherwise."""
     if cfg.precision.kind in (Precision.BF16_MIXED, Precision.FP16_MIXED):
-        return torch.autocast(device.type, compute_dtype(cfg))
+        context: AbstractContextManager[Any] = torch.autocast(device.type, compute_dtype(cfg))
+        return context
     return nullcontext()
 
 

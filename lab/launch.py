@@ -1,0 +1,84 @@
+"""Where this process stands among the ranks: torchrun's environment, the device, the store, the process group."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from lab.config import ConfigError, RunConfig
+from lab.track import new_run_id
+from lab.vocab import Strategy
+
+
+@dataclass(frozen=True)
+class Place:
+    rank: int
+    local_rank: int
+    device: torch.device
+
+
+def find_place(cfg: RunConfig) -> Place:
+    """Rank and device of this process; threads on a CPU shared by ranks. Raises ConfigError, touches no GPU memory."""
+    if "WORLD_SIZE" not in os.environ:
+        if cfg.world_size != 1:
+            raise ConfigError(
+                "world_size", cfg.world_size, f"start it with torchrun --standalone --nproc-per-node {cfg.world_size}"
+            )
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if cfg.hardware.device_type == "cpu":
+        if cfg.world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)
+        return Place(rank, local_rank, torch.device("cpu"))
+    if not torch.cuda.is_available():
+        raise ConfigError("hardware", cfg.hardware.name, "PyTorch sees no GPU here; hardware=cpu runs without one")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError("world_size", cfg.world_size, f"one GPU per rank: this node has {torch.cuda.device_count()}")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return Place(rank, local_rank, device)
+
+
+def open_store(cfg: RunConfig) -> dist.Store | None:
+    """The key-value store that all ranks reach (torchrun's own), before any process group; None for one rank."""
+    if cfg.world_size == 1:
+        return None
+    store, _, _ = next(dist.rendezvous("env://"))
+    return store
+
+
+def share_run_id(store: dist.Store | None, rank: int) -> str:
+    """One run id for all ranks: rank 0's."""
+    if store is None:
+        return new_run_id()
+    if rank == 0:
+        store.set("lab/run_id", new_run_id())
+    return bytes(store.get("lab/run_id")).decode()
+
+
+def share_pids(store: dist.Store | None, cfg: RunConfig, place: Place) -> dict[int, int]:
+    """Rank -> process id of the other ranks on this node; waits until all of them are there."""
+    if store is None:
+        return {}
+    first = place.rank - place.local_rank
+    local = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", cfg.world_size)))
+    store.set(f"lab/pid/{place.rank}", str(os.getpid()))
+    return {rank: int(store.get(f"lab/pid/{rank}")) for rank in local if rank != place.rank}
+
+
+def open_process_group(cfg: RunConfig, place: Place, store: dist.Store | None) -> None:
+    """NCCL on GPUs, gloo on CPUs; for one rank too where the strategy needs a group (all but single)."""
+    if cfg.parallel.strategy is Strategy.SINGLE:
+        return
+    if store is None:
+        store = dist.HashStore()
+    backend = "nccl" if place.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=cfg.world_size)
+
+
+def close_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,120 @@
+"""One rank of one run: ``torchrun --standalone --nproc-per-node N -m lab.train [overrides]``.
+
+Prediction first, then the measured training, then both side by side in ``record.json``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lab.config import ConfigError, RunConfig, load
+
+if TYPE_CHECKING:  # torch is imported once the configuration is known to be good
+    from lab.launch import Place
+    from lab.record import RankMeasurement
+    from lab.run_state import RunState
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0: trained; 2: the configuration is wrong, in one line from rank 0; else ``lab.faults`` ends it."""
+    overrides = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return run(load(overrides), ["-m", "lab.train", *overrides])
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"lab: {error}", file=sys.stderr)
+        return 2
+
+
+def run(cfg: RunConfig, command: list[str]) -> int:
+    """Train as ``cfg`` says and leave a record. ConfigError: refused by this machine, and nothing was written."""
+    import torch
+
+    from lab.data import make_batches
+    from lab.faults import FaultHandler
+    from lab.launch import close_process_group, find_place, open_process_group, open_store, share_pids, share_run_id
+    from lab.report.table import run_table
+    from lab.run_state import RunState
+    from lab.track import RunFolder
+    from lab.transforms.attention_probe import check_attention
+    from lab.vocab import RunStatus
+
+    place = find_place(cfg)
+    check_attention(cfg, place.device)
+    make_batches(cfg, torch.device("meta"), place.rank)  # the corpus is there and large enough
+    state = RunState(cfg, command, place.rank, place.local_rank)
+    faults = FaultHandler(state)
+    try:
+        store = open_store(cfg)
+        state.folder = RunFolder.create(cfg, share_run_id(store, place.rank), place.rank)
+        if place.rank == 0:
+            predict_first(state)
+        state.peers = share_pids(store, cfg, place)
+        open_process_group(cfg, place, store)
+        ranks, step_seconds = train_and_measure(state, place)
+        close_process_group()
+        faults.disarm()
+        if ranks is not None:
+            record = state.record(RunStatus.OK, ranks, step_seconds=step_seconds)
+            state.finish(record)
+            print(f"\n{run_table([record])}\n\nrecord: {state.folder.record_path}")
+    except BaseException as error:
+        faults.fail(error)
+    return 0
+
+
+def predict_first(state: RunState) -> None:
+    """prediction.json before anything is trained: it cannot be tuned to the outcome, and an OOM still leaves it.
+
+    A formula that fails costs the prediction, with a note in the record, not the measurement.
+    """
+    from lab.analytic import predict
+
+    assert state.folder is not None
+    try:
+        state.prediction = predict(state.cfg)
+        state.folder.write_prediction(state.prediction)
+    except Exception as error:
+        state.notes.append(f"no prediction: {type(error).__name__}: {error}")
+        print(state.notes[-1], file=sys.stderr)
+
+
+def train_and_measure(state: RunState, place: Place) -> tuple[list[RankMeasurement] | None, float | None]:
+    """Build, train, gather: every rank's measurement (on rank 0) and the wall's mean seconds per steady step."""
+    from lab.build import build
+    from lab.data import make_batches
+    from lab.loop import Losses, live_tensors, train
+    from lab.measure import gather, make_meter
+    from lab.progress import Progress
+    from lab.track import make_tracker
+
+    cfg, device, folder = state.cfg, place.device, state.folder
+    assert folder is not None
+    state.tracker = make_tracker(cfg, folder, place.rank)
+    meter = state.meter = make_meter(cfg, device, place.rank, place.local_rank)
+    meter.snapshot_dir = folder.path
+    meter.on_step = state.step_done
+    meter.start()
+    batches = make_batches(cfg, device, place.rank)
+    losses = state.losses = Losses(cfg.train.steps, device)
+    engine = build(cfg, device)
+    meter.set_live_tensors(lambda: live_tensors(engine, batches, losses), engine.unseen_allocations)
+    meter.build_done()
+
+    state.num_parameters = engine.num_parameters
+    progress = Progress(cfg, engine.num_parameters, losses, enabled=place.rank == 0)
+    clock = train(cfg, engine, batches, meter, losses, progress)
+    progress.close()
+    losses.read(cfg.train.steps)
+    measurement = state.measurement(cfg.train.steps, clock.step_seconds)
+    meter.stop()
+    ranks = gather(measurement, cfg.world_size)
+    engine.close()
+    return ranks, clock.step_seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main())
