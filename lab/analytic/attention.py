@@ -142,7 +142,7 @@ def _copy(ops: Ops, x: Tensor, label: str) -> Tensor:
 
 
 def _softmax(ops: Ops, x: Tensor, label: str) -> Tensor:
-    """Softmax: keeps its output; the CUDA backward first makes grad * output (SoftMax.cu, softmax_backward_cuda_out)."""
+    """Softmax: keeps its output; the CUDA backward first makes grad * output (SoftMax.cu)."""
     numel, size, tape = x.numel, x.itemsize, ops.tape
 
     def backward(grads: Grads) -> Grads:

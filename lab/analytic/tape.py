@@ -208,7 +208,8 @@ class Tape:
             grads = node.buffer
             node.buffer = None
             run = node.backward
-            assert grads is not None and run is not None
+            assert grads is not None
+            assert run is not None
             outputs = run(grads)
             del grads, run
             if not isinstance(node, Accumulator):

@@ -1,0 +1,85 @@
+"""The caching allocator's rules, each on a case that can be followed by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from lab.analytic.allocator import Allocator, OutOfMemory, simulate
+from lab.analytic.tape import ALLOC, FREE, Event
+from lab.units import MIB
+
+
+def test_small_requests_share_a_2_mib_segment() -> None:
+    a = Allocator()
+    a.malloc(1)
+    a.malloc(513)
+    assert a.allocated_bytes == 512 + 1024
+    assert a.reserved_bytes == 2 * MIB
+
+
+def test_requests_from_1_to_10_mib_share_a_20_mib_segment() -> None:
+    a = Allocator()
+    a.malloc(MIB + 1)
+    a.malloc(9 * MIB)
+    assert a.reserved_bytes == 20 * MIB
+    a.malloc(12 * MIB + 1)
+    assert a.reserved_bytes == 20 * MIB + 14 * MIB
+
+
+def test_a_rest_of_up_to_1_mib_is_handed_out_with_the_block() -> None:
+    a = Allocator()
+    a.release(a.malloc(12 * MIB))
+    a.malloc(11 * MIB)  # 1 MiB left: not split
+    assert a.allocated_bytes == 12 * MIB
+    a = Allocator()
+    a.release(a.malloc(12 * MIB))
+    a.malloc(11 * MIB - 512)
+    assert a.allocated_bytes == 11 * MIB - 512
+
+
+def test_best_fit_takes_the_smallest_block_and_the_lowest_address() -> None:
+    a = Allocator()
+    blocks = [a.malloc(size * MIB) for size in (30, 20, 24, 20)]
+    for b in blocks:
+        a.release(b)
+    assert a.malloc(20 * MIB).address == blocks[1].address
+    assert a.malloc(20 * MIB).address == blocks[3].address
+    assert a.malloc(20 * MIB).address == blocks[2].address
+
+
+def test_freed_neighbours_join() -> None:
+    a = Allocator()
+    x, y, z = (a.malloc(4 * MIB) for _ in range(3))
+    a.release(x)
+    a.release(z)
+    a.release(y)
+    assert a.malloc(9 * MIB).address == 0
+    assert a.reserved_bytes == 20 * MIB
+    assert a.allocated_bytes == 9 * MIB
+
+
+def test_streams_do_not_share_blocks() -> None:
+    a = Allocator()
+    a.release(a.malloc(16 * MIB, stream=0))
+    a.malloc(16 * MIB, stream=1)
+    assert a.reserved_bytes == 32 * MIB
+
+
+def test_unused_segments_are_returned_before_running_out() -> None:
+    a = Allocator(limit_bytes=40 * MIB)
+    a.release(a.malloc(30 * MIB))
+    a.malloc(32 * MIB)  # does not fit the cached 30 MiB: that segment goes back first
+    assert (a.num_retries, a.reserved_bytes) == (1, 32 * MIB)
+    with pytest.raises(OutOfMemory):
+        a.malloc(10 * MIB)
+
+
+def test_simulation_reports_blocks_and_reserved_bytes_per_event() -> None:
+    events: list[Event] = [
+        (ALLOC, 0, 12 * MIB, "activations", "a", 0),
+        (FREE, 0, 0, "", "", 0),
+        (ALLOC, 1, 11 * MIB, "activations", "b", 0),
+    ]
+    done = simulate(events, 2)
+    assert done.block_bytes == [12 * MIB, 12 * MIB]
+    assert done.reserved == [12 * MIB] * 3
