@@ -18,7 +18,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lab.analytic.tape import ALLOC, FREE, Event
+from lab.analytic.tape import ALLOC, EMPTY_CACHE, FREE, Event
 from lab.units import MIB
 
 MIN_BLOCK = 512
@@ -155,5 +155,7 @@ def simulate(events: Sequence[Event], num_storages: int, limit_bytes: int | None
             block_bytes[event[1]] = block.size
         elif event[0] == FREE:
             allocator.release(live.pop(event[1]))
+        elif event[0] == EMPTY_CACHE:
+            allocator.empty_cache()
         reserved.append(allocator.reserved_bytes)
     return Simulation(block_bytes, reserved, allocator)

@@ -6,11 +6,12 @@ Names, order and the moments at which local variables are dropped mirror that fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from lab.analytic.attention import AttentionShape, attention, choose_backend
 from lab.analytic.checkpoint import checkpoint
+from lab.analytic.norms import rmsnorm_composite
 from lab.analytic.ops import Ops, Parameter
 from lab.analytic.tape import FP32, Tensor
 from lab.config import RunConfig
@@ -35,6 +36,7 @@ class Decoder:
         m, t = cfg.model, cfg.train
         self.shape = AttentionShape(t.micro_batch_size, t.seq_len, m.num_heads, m.num_kv_heads, m.head_dim)
         self.rows = t.micro_batch_size * t.seq_len
+        self.composite_rmsnorm = m.norm == "rmsnorm" and cfg.hardware.device_type == "cpu"
         self.backend = choose_backend(
             cfg.attention.backend, cfg.hardware.device_type, cfg.precision.kind, self.shape, m.dropout
         )
@@ -47,7 +49,11 @@ class Decoder:
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         self.hooks.use(name)
-        y = self.ops.norm(x, self.p[f"{name}.weight"], self.p.get(f"{name}.bias"), self.rows, self.cfg.model.norm, name)
+        weight, bias = self.p[f"{name}.weight"], self.p.get(f"{name}.bias")
+        if self.composite_rmsnorm:
+            y = rmsnorm_composite(self.ops, x, weight, self.rows, name)
+        else:
+            y = self.ops.norm(x, weight, bias, self.rows, self.cfg.model.norm, name)
         self.hooks.done(name)
         return y
 
@@ -120,7 +126,7 @@ class Decoder:
         if cfg.model.dropout:
             x = ops.dropout(x, "embedding dropout")
         for i in range(cfg.model.num_layers):
-            run: Callable[[Tensor], Tensor] = lambda t, i=i: self.block(i, t)  # noqa: E731
+            run = partial(self.block, i)
             x = hooks.wrap_input(i, x)
             hooks.pre_forward(i)
             if self._checkpointed(i):
@@ -130,8 +136,9 @@ class Decoder:
             x = y
             del y
             x = hooks.post_forward(i, x)
-        x = self._norm(x, "norm")
-        return hooks.post_forward(-1, self._loss(x))
+        loss = self._loss(self._norm(x, "norm"))
+        del x  # forward's local variable: alive until the loss is there
+        return hooks.post_forward(-1, loss)
 
     def _head_loss(self, x: Tensor, rows: int, keep_logits: bool = False) -> Tensor:
         """Logits, their fp32 copy, the loss. ``keep_logits``: a local variable holds the logits to the end."""
@@ -157,7 +164,7 @@ class Decoder:
         total = ops.new(1, x.itemsize, "loss sum")
         split = ops.split(x, [c * hidden for c in counts], "chunk gradients")
         for chunk, count in zip(split, counts, strict=True):
-            part = checkpoint(ops, lambda t, c=count: self._head_loss(t, c, True), chunk, selective=False)
+            part = checkpoint(ops, partial(self._head_loss, rows=count, keep_logits=True), chunk, selective=False)
             total = ops.add(total, part, "loss sum")
             del part
         return ops.scale(total, "loss")

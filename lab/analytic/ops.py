@@ -161,10 +161,18 @@ class Ops:
         return out
 
     def dropout(self, x: Tensor, label: str) -> Tensor:
-        """Fused dropout: keeps a bool mask of one byte per element; backward makes the masked gradient."""
+        """Keeps a mask; backward makes the masked gradient.
+
+        CUDA: native_dropout, a bool mask made after the output. CPU: noise of x's type, then the product
+        (aten/src/ATen/native/Dropout.cpp).
+        """
         numel, itemsize, tape = x.numel, x.itemsize, self.tape
-        y = self.new(numel, itemsize, label)
-        mask = self.new(numel, 1, label + " mask")
+        if tape.trace.on_device_kernels:
+            y = self.new(numel, itemsize, label)
+            mask = self.new(numel, 1, label + " mask")
+        else:
+            mask = self.new(numel, itemsize, label + " noise")
+            y = self.new(numel, itemsize, label)
         y.node = Node(tape, [x], lambda _: [tape.new(numel, itemsize, label + " gradient")], [mask])
         return y
 

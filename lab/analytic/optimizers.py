@@ -17,8 +17,8 @@ STATES = MemoryCategory.OPTIMIZER_STATES
 class Optimizer:
     """AdamW or SGD over flat tensors: ``step`` replays torch.optim's allocations.
 
-    AdamW: exp_avg and exp_avg_sq in the parameter's type, and a step counter per parameter that is on the
-    device (fp32, 4 B) only when fused. SGD: a momentum buffer, unless momentum is 0 (made as a clone of the
+    AdamW: exp_avg and exp_avg_sq in the parameter's type, and a step counter per parameter (fp32, 4 B) that is
+    on the GPU only when fused. SGD: a momentum buffer, unless momentum is 0 (made as a clone of the
     gradient). Fused steps allocate nothing; foreach AdamW takes sqrt(exp_avg_sq) of all parameters at once;
     the for-loop takes two such tensors of one parameter, and keeps the last until the next is made.
     """
@@ -54,7 +54,7 @@ class Optimizer:
         new, cfg = self.tape.new, self.cfg
         for n, size in params:
             if cfg.kind == "adamw":
-                if cfg.implementation == "fused":
+                if cfg.implementation == "fused" or not self.tape.trace.on_device_kernels:
                     self.states.append(new(1, FP32, "step", STATES))
                 self.states.append(new(n, size, "exp_avg", STATES))
                 self.states.append(new(n, size, "exp_avg_sq", STATES))

@@ -10,7 +10,7 @@ from lab.analytic.sharding import RULES
 from lab.analytic.tape import FP32, INT64, Tape, Tensor, Trace
 from lab.analytic.timeline import phase_mark
 from lab.config import RunConfig
-from lab.vocab import MemoryCategory, StepPhase
+from lab.vocab import MemoryCategory, Precision, StepPhase
 
 
 class Replay:
@@ -47,10 +47,12 @@ class Replay:
             self._mark(StepPhase.FORWARD, True)
             self._mark(StepPhase.BACKWARD, False)
             self._workspace("cuBLAS workspace, backward thread", StepPhase.BACKWARD)
-            self.tape.backward(loss)
+            root = self._scaled(loss)
+            self.tape.backward(root)
+            del root
             self.rule.finish_backward()
-            del loss
             self._mark(StepPhase.BACKWARD, True)
+            del loss  # the loop's variable lives until here
         self._mark(StepPhase.OPTIMIZER_STEP, False)
         self.rule.optimizer_step()
         self._mark(StepPhase.OPTIMIZER_STEP, True)
@@ -67,13 +69,23 @@ class Replay:
         if self.done == 0 and phase not in self.kept:
             self.kept += [phase, workspace(self.tape, self.cfg.hardware.cublas_workspace_bytes, label)]
 
+    def _scaled(self, loss: Tensor) -> Tensor:
+        """What backward starts from: the loss over the micro-steps, times the loss scale in fp16."""
+        if self.cfg.train.gradient_accumulation_steps > 1:
+            loss = self.ops.scale(loss, "loss over micro-steps")
+        if self.cfg.precision.kind is Precision.FP16_MIXED:
+            if self.done == 0:
+                self.kept += [self.tape.new(1, FP32, name) for name in ("loss scale", "growth tracker")]
+            loss = self.ops.scale(loss, "scaled loss")
+        return loss
+
     def _forward(self) -> Tensor:
         model, train = self.cfg.model, self.cfg.train
         if self.done == 0 and model.position == "rope" and StepPhase.BUILD not in self.kept:
             self.kept.append(StepPhase.BUILD)
             size = self.rule.compute_itemsize
             self.kept += [
-                self.tape.new(train.seq_len * model.head_dim, size, f"rope {name}", MemoryCategory.PARAMETERS)
+                self.tape.new(train.seq_len * model.head_dim, size, f"rope {name}", MemoryCategory.ACTIVATIONS)
                 for name in ("cos", "sin")
             ]
         self._workspace("cuBLAS workspace, forward thread", StepPhase.FORWARD)
@@ -81,6 +93,4 @@ class Replay:
         self.ops.cast_cache = {}
         loss = self.decoder.forward()
         self.ops.cast_cache = {}  # autocast ends with the forward pass
-        if train.gradient_accumulation_steps > 1:
-            loss = self.ops.scale(loss, "loss over micro-steps")
         return loss

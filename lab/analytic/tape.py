@@ -24,7 +24,7 @@ from lab.vocab import MemoryCategory
 
 FP32, BF16, FP16, INT64, BOOL = 4, 2, 2, 8, 1
 
-ALLOC, FREE, MOVE, MARK = 0, 1, 2, 3
+ALLOC, FREE, MOVE, MARK, EMPTY_CACHE = 0, 1, 2, 3, 4
 Event = tuple[int, int, int, str, str, int]
 """(kind, storage id, bytes, category or mark, label, stream)."""
 
@@ -47,6 +47,10 @@ class Trace:
 
     def mark(self, name: str) -> None:
         self.events.append((MARK, -1, 0, name, "", 0))
+
+    def empty_cache(self) -> None:
+        """torch.cuda.empty_cache(): segments without a live block go back to the driver."""
+        self.events.append((EMPTY_CACHE, -1, 0, "", "", 0))
 
 
 class Storage:
@@ -192,7 +196,8 @@ class Tape:
         assert root.node is not None
         _count_dependencies(root.node)
         seed: Grads = [None] * root.node.num_slots
-        seed[root.slot] = self.new(1, root.itemsize, "loss gradient")
+        first = self.new(1, root.itemsize, "loss gradient")  # torch.autograd.backward's frame holds it to the end
+        seed[root.slot] = first
         root.node.buffer = seed
         del seed
         ready = [(-root.node.seq, 0, root.node)]

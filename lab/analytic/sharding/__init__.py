@@ -5,11 +5,14 @@ from __future__ import annotations
 from lab.analytic.sharding.base import Rule
 from lab.analytic.sharding.fsdp import FSDP
 from lab.analytic.sharding.replicated import DDP, Single
+from lab.analytic.sharding.zero import Zero1, Zero2
 from lab.vocab import Strategy
 
 RULES: dict[Strategy, type[Rule]] = {
     Strategy.SINGLE: Single,
     Strategy.DDP: DDP,
+    Strategy.ZERO1: Zero1,
+    Strategy.ZERO2: Zero2,
     Strategy.FSDP: FSDP,
     Strategy.FSDP_GRAD_OP: FSDP,
     Strategy.HSDP: FSDP,

@@ -1,0 +1,66 @@
+"""How DeepSpeed's stages 1 and 2 cut the parameters: one flat group, equal partitions, slices per rank. Sizes in elements.
+
+Source: DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py. The client optimizer has one parameter group, so there is
+one flat group. ``parameter_alignment`` is off, its default: nothing is padded between parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from lab.analytic.architecture import ParameterSpec
+
+NCCL_START_ALIGNMENT_FACTOR = 2  # elements; DeepSpeedZeroOptimizer.nccl_start_alignment_factor
+
+
+def round_robin(specs: Sequence[ParameterSpec], world: int) -> list[ParameterSpec]:
+    """``round_robin_gradients`` (_round_robin_reorder): parameter i goes to list i mod N, lists one after another."""
+    return [specs[i] for first in range(world) for i in range(first, len(specs), world)]
+
+
+class FlatGroup:
+    """bit16_groups_flat: all parameters side by side, zeros up to a multiple of 2 * world_size, N equal partitions.
+
+    numel = ceil(sum / (2 N)) * 2 N (flatten_dense_tensors_aligned); partition_numel = numel / N. A partition's
+    ``members`` are the parameters that overlap it (get_partition_info): whole parameters, also those of which
+    another rank owns a part.
+    """
+
+    def __init__(self, specs: Sequence[ParameterSpec], world: int, reorder: bool) -> None:
+        self.order = round_robin(specs, world) if reorder else list(specs)
+        self.start: dict[str, int] = {}
+        end = 0
+        for spec in self.order:
+            self.start[spec.name] = end
+            end += spec.numel
+        alignment = NCCL_START_ALIGNMENT_FACTOR * world
+        self.numel = -(-end // alignment) * alignment
+        self.partition_numel = self.numel // world
+
+    def owners(self, spec: ParameterSpec) -> list[tuple[int, int]]:
+        """(partition, elements of ``spec`` in it), ascending: grad_start_offset's slices in average_tensor."""
+        start, size = self.start[spec.name], self.partition_numel
+        end = start + spec.numel
+        return [(r, min(end, (r + 1) * size) - max(start, r * size)) for r in range(start // size, -(-end // size))]
+
+    def members(self, rank: int) -> list[ParameterSpec]:
+        """params_in_partition of one rank, in flat order."""
+        low, high = rank * self.partition_numel, (rank + 1) * self.partition_numel
+        return [s for s in self.order if self.start[s.name] < high and self.start[s.name] + s.numel > low]
+
+    def slices(self, rank: int) -> list[int]:
+        """Elements of each member that fall into the rank's partition; they sum to the partition less its padding."""
+        return [dict(self.owners(s))[rank] for s in self.members(rank)]
+
+    def reduced_slices(self, specs: Iterable[ParameterSpec]) -> list[int]:
+        """Slices of a bucket as average_tensor lists them: neighbours with one owner are one slice."""
+        sizes: list[int] = []
+        previous = -1
+        for spec in specs:
+            for rank, numel in self.owners(spec):
+                if rank == previous:
+                    sizes[-1] += numel
+                else:
+                    sizes.append(numel)
+                previous = rank
+        return sizes
