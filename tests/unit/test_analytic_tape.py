@@ -118,4 +118,4 @@ def test_nodes_run_newest_first_and_drop_what_they_kept() -> None:
     tape.backward(top)
     assert [r.split(":")[0] for r in ran] == ["top", "b", "a", "start"]
     assert ran[2] == "a:108"  # the 100 B are still kept while a runs, with the root and the loss gradient
-    assert ran[3] == "start:8"
+    assert ran[3] == "start:12"  # root, loss gradient (held by the caller), incoming sum
