@@ -19,13 +19,18 @@ from lab.vocab import Checkpointing
 
 
 class Hooks(Protocol):
-    """What a strategy does around modules. ``unit`` -1 is the root, otherwise a block's index."""
+    """What a strategy does around modules. ``unit`` -1 is the root, otherwise a block's index.
+
+    ``enter`` and ``leave`` surround every module that is called, the root ("") included, and return what hooks make
+    of its input and output; ``enter_source`` is for inputs that carry no gradient (tokens, position ids).
+    """
 
     def pre_forward(self, unit: int) -> None: ...
     def post_forward(self, unit: int, out: Tensor) -> Tensor: ...
     def wrap_input(self, unit: int, x: Tensor) -> Tensor: ...
-    def use(self, module: str) -> None: ...
-    def done(self, module: str) -> None: ...
+    def enter_source(self, module: str) -> None: ...
+    def enter(self, module: str, x: Tensor) -> Tensor: ...
+    def leave(self, module: str, y: Tensor) -> Tensor: ...
 
 
 class Decoder:
@@ -42,22 +47,30 @@ class Decoder:
         )
 
     def _linear(self, x: Tensor, name: str, label: str, rows: int | None = None) -> Tensor:
-        self.hooks.use(name)
+        x = self.hooks.enter(name, x)
         y = self.ops.linear(x, self.p[f"{name}.weight"], self.p.get(f"{name}.bias"), rows or self.rows, label)
-        self.hooks.done(name)
-        return y
+        return self.hooks.leave(name, y)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        self.hooks.use(name)
+        x = self.hooks.enter(name, x)
         weight, bias = self.p[f"{name}.weight"], self.p.get(f"{name}.bias")
         if self.composite_rmsnorm:
             y = rmsnorm_composite(self.ops, x, weight, self.rows, name)
         else:
             y = self.ops.norm(x, weight, bias, self.rows, self.cfg.model.norm, name)
-        self.hooks.done(name)
-        return y
+        return self.hooks.leave(name, y)
+
+    def _dropout(self, x: Tensor, name: str, label: str) -> Tensor:
+        x = self.hooks.enter(name, x)
+        return self.hooks.leave(name, self.ops.dropout(x, label))
+
+    def _embedding(self, name: str, rows: int, indices: Tensor | None = None) -> Tensor:
+        self.hooks.enter_source(name)
+        table = self.p[f"{name}.weight"]
+        return self.hooks.leave(name, self.ops.embedding(table, rows * table.shape[1], name, rows, indices))
 
     def _attention(self, x: Tensor, prefix: str) -> Tensor:
+        x = self.hooks.enter(prefix, x)
         q = self._linear(x, f"{prefix}.q_proj", "query")
         k = self._linear(x, f"{prefix}.k_proj", "key")
         v = self._linear(x, f"{prefix}.v_proj", "value")
@@ -67,19 +80,20 @@ class Decoder:
         y = attention(self.ops, q, k, v, self.shape, self.backend, self.cfg.model.dropout)
         out = self._linear(y, f"{prefix}.o_proj", "attention projection")
         del q, k, v, y
-        return out
+        return self.hooks.leave(prefix, out)
 
     def _mlp(self, x: Tensor, prefix: str) -> Tensor:
+        x = self.hooks.enter(prefix, x)
         if self.cfg.model.mlp == "gelu":
             up = self._linear(x, f"{prefix}.up_proj", "mlp up")
             up = self.ops.gelu(up)
-            return self._linear(up, f"{prefix}.down_proj", "mlp down")
+            return self.hooks.leave(prefix, self._linear(up, f"{prefix}.down_proj", "mlp down"))
         gate = self._linear(x, f"{prefix}.gate_proj", "mlp gate")
         gate = self.ops.silu(gate)
         up = self._linear(x, f"{prefix}.up_proj", "mlp up")
         product = self.ops.mul(gate, up, "mlp product")
         del gate, up
-        return self._linear(product, f"{prefix}.down_proj", "mlp down")
+        return self.hooks.leave(prefix, self._linear(product, f"{prefix}.down_proj", "mlp down"))
 
     def block(self, i: int, x: Tensor) -> Tensor:
         """Block i. Its input stays referenced by the caller until it returns."""
@@ -87,13 +101,13 @@ class Decoder:
         normed = self._norm(x, f"{b}.attention_norm")
         y = self._attention(normed, f"{b}.attention")
         del normed
-        dropped = self.ops.dropout(y, "residual dropout") if self.cfg.model.dropout else y
+        dropped = self._dropout(y, f"{b}.dropout", "residual dropout") if self.cfg.model.dropout else y
         x = self.ops.add(x, dropped, "residual")
         del dropped
         normed = self._norm(x, f"{b}.mlp_norm")
         y = self._mlp(normed, f"{b}.mlp")
         del normed
-        dropped = self.ops.dropout(y, "residual dropout") if self.cfg.model.dropout else y
+        dropped = self._dropout(y, f"{b}.dropout", "residual dropout") if self.cfg.model.dropout else y
         return self.ops.add(x, dropped, "residual")
 
     def _checkpointed(self, i: int) -> bool:
@@ -105,47 +119,37 @@ class Decoder:
     def forward(self) -> Tensor:
         """The loss, one fp32 scalar."""
         cfg, ops, hooks = self.cfg, self.ops, self.hooks
-        hidden = self.rows * cfg.model.hidden_size
         hooks.pre_forward(-1)
-        hooks.use("embedding")
-        x = ops.embedding(self.p["embedding.weight"], hidden, "embedding", self.rows)
-        hooks.done("embedding")
+        hooks.enter_source("")
+        x = self._embedding("embedding", self.rows)
         if cfg.model.position == "learned":
             positions = ops.new(cfg.train.seq_len, 8, "position ids")
-            hooks.use("position")
-            y = ops.embedding(
-                self.p["position.weight"],
-                cfg.train.seq_len * cfg.model.hidden_size,
-                "position",
-                cfg.train.seq_len,
-                positions,
-            )
-            hooks.done("position")
+            y = self._embedding("position", cfg.train.seq_len, positions)
             x = ops.add(x, y, "embedding sum", broadcast=True)
             del y, positions
         if cfg.model.dropout:
-            x = ops.dropout(x, "embedding dropout")
+            x = self._dropout(x, "dropout", "embedding dropout")
         for i in range(cfg.model.num_layers):
             run = partial(self.block, i)
             x = hooks.wrap_input(i, x)
             hooks.pre_forward(i)
+            y = hooks.enter(f"blocks.{i}", x)
             if self._checkpointed(i):
-                y = checkpoint(ops, run, x, selective=cfg.checkpointing.kind is Checkpointing.SELECTIVE)
+                y = checkpoint(ops, run, y, selective=cfg.checkpointing.kind is Checkpointing.SELECTIVE)
             else:
-                y = run(x)
-            x = y
+                y = run(y)
+            x = hooks.leave(f"blocks.{i}", y)
             del y
             x = hooks.post_forward(i, x)
         loss = self._loss(self._norm(x, "norm"))
         del x  # forward's local variable: alive until the loss is there
-        return hooks.post_forward(-1, loss)
+        return hooks.post_forward(-1, hooks.leave("", loss))
 
     def _head_loss(self, x: Tensor, rows: int, keep_logits: bool = False) -> Tensor:
         """Logits, their fp32 copy, the loss. ``keep_logits``: a local variable holds the logits to the end."""
         name = "embedding" if self.cfg.model.tied_head else "head"
-        self.hooks.use("head")
-        logits = self.ops.linear(x, self.p[f"{name}.weight"], None, rows, "logits")
-        self.hooks.done("head")
+        x = self.hooks.enter("head", x)
+        logits = self.hooks.leave("head", self.ops.linear(x, self.p[f"{name}.weight"], None, rows, "logits"))
         wide = self.ops.cast(logits, FP32, "logits, fp32")
         if not keep_logits:
             del logits

@@ -184,6 +184,8 @@ class Ops:
         Backward without bias: weight gradient, then input gradient (mm); with bias: input gradient,
         weight gradient, bias gradient by a column sum (addmm).
         """
+        if self.linear_keeps_parameter:
+            return self._linear_of_parameter(x, w, b, rows, label)
         bias = self.weight(b) if b is not None else None
         weight = self.weight(w)
         if self.amp is not None:
@@ -216,6 +218,43 @@ class Ops:
         y = self.kept_or(rows * out_features, size, label, category)
         y.node = node
         return y
+
+    def _linear_of_parameter(self, x: Tensor, w: Parameter, b: Parameter | None, rows: int, label: str) -> Tensor:
+        """LinearFunctionForZeroStage3 (deepspeed/runtime/zero/linear.py), which zero.Init puts in F.linear's place.
+
+        Keeps x and the parameters themselves, so not the storage they have at the moment (``keep_parameter``). The
+        output is there before anything is saved. Backward: input gradient, weight gradient, bias gradient.
+        """
+        out_features, in_features = w.shape
+        size, tape, ops, needs_x, numel_x = x.itemsize, self.tape, self, x.node is not None, x.numel
+        category = LOSS if label == "logits" else MemoryCategory.TEMPORARIES
+        params = [w] if b is None else [w, b]
+
+        def backward(grads: Grads) -> Grads:
+            gx = tape.new(numel_x, size, label + " input gradient") if needs_x else None
+            out: Grads = [gx, tape.new(out_features * in_features, size, f"gradient of {w.name}")]
+            if b is not None:
+                out.append(tape.new(out_features, size, f"gradient of {b.name}"))
+                ops.scratch(
+                    column_sum_workspace_bytes(rows, out_features, size, ops.num_streaming_multiprocessors),
+                    "column sum",
+                )
+            return out
+
+        leaves = [Tensor(p.tensor.storage, p.numel, p.tensor.itemsize, p.accumulator) for p in params]
+        node = Node(tape, [x, *leaves], backward)
+        del leaves
+        y = self.kept_or(rows * out_features, size, label, category)
+        tape.save(node, x)
+        for p in params:
+            self.keep_parameter(node, p)
+        y.node = node
+        return y
+
+    def keep_parameter(self, node: Node, p: Parameter) -> None:
+        """Save a leaf: autograd keeps the parameter, whose storage ZeRO swaps; checkpointing's hook a view of it."""
+        if self.tape.pack is not None:
+            self.tape.save(node, p.tensor)
 
     # -- norms, activations --------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ class Replay:
         self.trace = Trace(cfg.hardware.allocation_alignment_bytes, self.gpu)
         self.tape = Tape(self.trace)
         self.rule = RULES[cfg.parallel.strategy](cfg, self.tape, parameters(cfg.model))
-        self.ops = Ops(self.tape)
+        self.ops = Ops(self.tape, linear_keeps_parameter=self.rule.linear_keeps_parameter)
         self.kept: list[object] = []
         self.done = 0
 
@@ -47,10 +47,10 @@ class Replay:
             self._mark(StepPhase.FORWARD, True)
             self._mark(StepPhase.BACKWARD, False)
             self._workspace("cuBLAS workspace, backward thread", StepPhase.BACKWARD)
-            root = self._scaled(loss)
-            self.tape.backward(root)
-            del root
+            roots = self._scaled(loss)
+            self.tape.backward(roots[-1])
             self.rule.finish_backward()
+            del roots
             self._mark(StepPhase.BACKWARD, True)
             del loss  # the loop's variable lives until here
         self._mark(StepPhase.OPTIMIZER_STEP, False)
@@ -69,15 +69,23 @@ class Replay:
         if self.done == 0 and phase not in self.kept:
             self.kept += [phase, workspace(self.tape, self.cfg.hardware.cublas_workspace_bytes, label)]
 
-    def _scaled(self, loss: Tensor) -> Tensor:
-        """What backward starts from: the loss over the micro-steps, times the loss scale in fp16."""
+    def _scaled(self, loss: Tensor) -> list[Tensor]:
+        """The loss over the micro-steps, times the loss scale: backward starts from the last.
+
+        DeepSpeed does both always and keeps the first until its backward returns (engine.py, backward).
+        """
+        ops, roots = self.ops, [loss]
+        if self.rule.deepspeed:
+            roots.append(ops.scale(loss, "loss over micro-steps"))
+            roots.append(ops.scale(roots[-1], "scaled loss"))
+            return roots
         if self.cfg.train.gradient_accumulation_steps > 1:
-            loss = self.ops.scale(loss, "loss over micro-steps")
+            roots = [ops.scale(loss, "loss over micro-steps")]
         if self.cfg.precision.kind is Precision.FP16_MIXED:
             if self.done == 0:
                 self.kept += [self.tape.new(1, FP32, name) for name in ("loss scale", "growth tracker")]
-            loss = self.ops.scale(loss, "scaled loss")
-        return loss
+            roots = [ops.scale(roots[-1], "scaled loss")]
+        return roots
 
     def _forward(self) -> Tensor:
         model, train = self.cfg.model, self.cfg.train

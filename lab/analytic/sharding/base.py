@@ -19,6 +19,8 @@ class Rule:
     """
 
     steady_step = 2
+    deepspeed = False  # its engine always divides the loss by the micro-steps and multiplies it by the loss scale
+    linear_keeps_parameter = False  # DeepSpeed's LinearFunctionForZeroStage3, see Ops.linear
 
     def __init__(self, cfg: RunConfig, tape: Tape, specs: list[ParameterSpec]) -> None:
         self.cfg, self.tape, self.specs = cfg, tape, specs
@@ -88,8 +90,12 @@ class Rule:
     def wrap_input(self, unit: int, x: Tensor) -> Tensor:
         return x
 
-    def use(self, module: str) -> None: ...
+    def enter_source(self, module: str) -> None: ...
 
-    def done(self, module: str) -> None: ...
+    def enter(self, module: str, x: Tensor) -> Tensor:
+        return x
+
+    def leave(self, module: str, y: Tensor) -> Tensor:
+        return y
 
     def grad_ready(self, spec: ParameterSpec, parameter: Parameter) -> None: ...
