@@ -15,7 +15,6 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from io import TextIOWrapper
 from pathlib import Path
@@ -85,13 +84,6 @@ class RunFolder:
     def rank_path(self, rank: int) -> Path:
         return self.path / f"rank_{rank}.jsonl"
 
-    def oom_path(self, rank: int) -> Path:
-        return self.path / f"oom_rank_{rank}.json"
-
-    def snapshot_path(self, rank: int) -> Path:
-        """PyTorch's memory_viz pickle, with measure=snapshot."""
-        return self.path / f"snapshot_rank_{rank}.pickle"
-
     def write_config(self, cfg: RunConfig) -> None:
         """Hydra's layout: the resolved settings and the overrides as given."""
         from omegaconf import OmegaConf
@@ -136,14 +128,10 @@ class RunFolder:
         found = (re.fullmatch(r"rank_(\d+)\.jsonl", p.name) for p in self.path.glob("rank_*.jsonl"))
         return sorted(int(m.group(1)) for m in found if m)
 
-    def write_oom(self, rank: int, moment: Mapping[str, Any]) -> None:
-        """What a rank knew when it ran out of memory: rank, phase, step, bytes then, bytes asked for."""
-        write_json_atomic(self.oom_path(rank), {"rank": rank, **moment})
-
-    def read_oom(self) -> dict[str, Any] | None:
-        """The first rank's out-of-memory moment (by file time), or None."""
-        paths = sorted(self.path.glob("oom_rank_*.json"), key=lambda p: (p.stat().st_mtime_ns, p.name))
-        return cast(dict[str, Any], json.loads(paths[0].read_text(encoding="utf-8"))) if paths else None
+    def read_words(self, kind: str) -> list[dict[str, Any]]:
+        """What ranks left in ``<kind>_rank_<r>.json`` (oom, failed, interrupted) as they died, first come first."""
+        paths = sorted(self.path.glob(f"{kind}_rank_*.json"), key=lambda p: (p.stat().st_mtime_ns, p.name))
+        return [cast(dict[str, Any], json.loads(p.read_text(encoding="utf-8"))) for p in paths]
 
     def write_record(self, record: RunRecord) -> None:
         write_record(self.record_path, record)

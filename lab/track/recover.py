@@ -21,6 +21,7 @@ _OOM_TEXT = re.compile(r"OutOfMemoryError|CUDA out of memory|out of memory\. Tri
 # A line of a Python traceback that names the exception, e.g. "ValueError: no such file".
 _EXCEPTION = re.compile(r"^(?:\[rank\d+\]:? ?)?(?P<text>[A-Za-z_][\w.]*(?:Error|Exception|Interrupt)\b.*)$")
 
+_REFUSED = "lab: "  # how lab.train and the lab command begin the one line about a wrong configuration
 # torchrun's report of the first worker that died, e.g. "exitcode  : -9 (pid: 77)".
 _SIGNAL = re.compile(r"exitcode\s*:\s*-(\d+)")
 
@@ -28,14 +29,18 @@ _SIGNAL = re.compile(r"exitcode\s*:\s*-(\d+)")
 def fault_of(folder: RunFolder) -> tuple[RunStatus, str | None, dict[str, Any] | None]:
     """(status, one-line error, out-of-memory moment) from what the ranks of a dead run left behind.
 
-    Out of memory if any rank wrote an oom_rank file or its log says so; otherwise failed.
+    Out of memory if a rank left word of it or its log says so; invalid if the ranks refused the
+    configuration on this machine; otherwise failed.
     """
-    moment = folder.read_oom()
+    if oom := folder.read_words("oom"):
+        return RunStatus.OOM, f"rank {oom[0]['rank']}: {oom[0].get('error') or 'out of memory'}", oom[0]
+    if failed := folder.read_words("failed"):
+        return RunStatus.FAILED, f"rank {failed[0]['rank']}: {failed[0].get('error')}", None
     error = last_error_line(folder.logs_path)
-    if moment is not None:
-        return RunStatus.OOM, str(moment.get("message") or error or f"rank {moment['rank']} out of memory"), moment
     if error is not None and _OOM_TEXT.search(error):
         return RunStatus.OOM, error, None
+    if error is not None and error.startswith(_REFUSED):
+        return RunStatus.INVALID, error.removeprefix(_REFUSED), None
     return RunStatus.FAILED, error, None
 
 
@@ -46,6 +51,8 @@ def last_error_line(logs: Path) -> str | None:
     texts = [[line.strip() for line in _text(path).splitlines()] for path in by_time]
     for lines in texts:
         for line in reversed(lines):
+            if line.startswith(_REFUSED):
+                return line[:500]
             if found := _EXCEPTION.match(line):
                 return found.group("text")[:500]
     if killed := _SIGNAL.search(_text(logs / "torchrun.log")):
@@ -71,7 +78,7 @@ def recover_record(
     an out-of-memory fault found in the folder wins over them. Finished steps are read back.
     """
     found_status, found_error, oom = fault_of(folder)
-    if found_status is RunStatus.OOM or status is None:
+    if found_status in (RunStatus.OOM, RunStatus.INVALID) or status is None:
         status, error = found_status, found_error or error
     prediction = folder.read_prediction()
     ranks = [

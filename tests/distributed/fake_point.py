@@ -10,7 +10,7 @@ import time
 
 from lab.analytic import predict
 from lab.config import load, to_json
-from lab.record import PhaseReading, RankMeasurement, RunRecord, StepMeasurement
+from lab.record import PhaseReading, RankMeasurement, RunRecord, StepMeasurement, write_json_atomic
 from lab.track import RunFolder, new_run_id
 from lab.vocab import RunStatus, StepPhase
 
@@ -28,7 +28,8 @@ def main(overrides: list[str]) -> None:
     ]
     folder.append_step(0, steps[0])
     if cfg.seed == OOM:
-        folder.write_oom(0, {"phase": "forward", "step": 1, "allocated_bytes": 4, "message": "asked for 2 GiB"})
+        word = {"rank": 0, "phase": "forward", "step": 1, "allocated_bytes": 4, "error": "asked for 2 GiB"}
+        write_json_atomic(folder.path / "oom_rank_0.json", word)
         sys.exit(1)
     if cfg.seed == KILLED:
         os.kill(os.getpid(), signal.SIGKILL)
