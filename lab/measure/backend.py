@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from lab.measure.census import Census, cpu_census, cuda_census
+from lab.measure.cpu_patches import SETTLE_SECONDS
 from lab.measure.cpu_tracker import StorageTracker
 from lab.measure.timing import Clock
 
-_SETTLE_SECONDS = 0.001
 _DEVICE_PATIENCE_SECONDS = 30.0
 
 
@@ -134,9 +134,8 @@ class CpuBackend:
 
     def read(self) -> Counters:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # gloo's worker threads still hold the last collective's tensors when its wait returns and need
-            # the interpreter's lock to drop them. Without a pause the reading depends on the scheduler.
-            time.sleep(_SETTLE_SECONDS)
+            # As after a wait; DDP's own waits are in C++.
+            time.sleep(SETTLE_SECONDS)
         now, peak = self.tracker.current_bytes, self.tracker.peak_bytes
         return Counters(now, peak, now, peak, now, peak)
 

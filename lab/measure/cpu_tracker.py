@@ -4,7 +4,8 @@ A dispatch mode sees the result of every operation on this thread (autograd's ba
 the calling thread). A storage is entered when it is first seen, under the address of its StorageImpl,
 and leaves when it dies, which a weak reference tells: no lifetime changes. ``UntypedStorage.resize_``
 bypasses dispatch (FSDP2 frees and refills gathered parameters with it), so it is wrapped while the
-tracker runs. The same rules as ``torch.distributed._tools.MemTracker``, which the tests hold it against.
+tracker runs (``cpu_patches``). The rules are those of ``torch.distributed._tools.MemTracker``, which the
+tests hold it against.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -19,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+from lab.measure.cpu_patches import seeing_resizes, settling_collectives
 
 
 def local_storages(tensor: Tensor) -> Iterator[Any]:
@@ -45,32 +49,21 @@ class StorageTracker:
         # A storage may die on another thread (gloo's workers drop a collective's tensors when they get to it).
         # There only this deque is touched, whose append is atomic; the tracker's own thread does the arithmetic.
         self._died: deque[int] = deque()
-        self._mode: _Mode | None = None
-        self._original_resize: Any = None
+        self._running: ExitStack | None = None
 
     def start(self) -> None:
         """Begin to see operations on this thread. Tensors made before need ``register``."""
-        if self._mode is not None:
-            return
-        original = self._original_resize = torch.UntypedStorage.resize_
-        see = self._see
-
-        def resize_(storage: Any, size: int) -> Any:
-            result = original(storage, size)
-            see(storage)
-            return result
-
-        torch.UntypedStorage.resize_ = resize_
-        self._mode = _Mode(self)
-        self._mode.__enter__()
+        if self._running is None:
+            self._running = ExitStack()
+            self._running.enter_context(seeing_resizes(self._see))
+            self._running.enter_context(settling_collectives())
+            self._running.enter_context(_Mode(self))
 
     def stop(self) -> None:
         """Stop seeing operations; the counts stay as they are, storages that die still leave."""
-        if self._mode is None:
-            return
-        self._mode.__exit__(None, None, None)
-        self._mode = None
-        torch.UntypedStorage.resize_ = self._original_resize
+        if self._running is not None:
+            self._running.close()
+            self._running = None
 
     @property
     def current_bytes(self) -> int:
