@@ -6,6 +6,7 @@ from lab.analytic.sharding.base import Rule
 from lab.analytic.sharding.fsdp import FSDP
 from lab.analytic.sharding.replicated import DDP, Single
 from lab.analytic.sharding.zero import Zero1, Zero2
+from lab.analytic.sharding.zero3 import Zero3
 from lab.vocab import Strategy
 
 RULES: dict[Strategy, type[Rule]] = {
@@ -13,6 +14,7 @@ RULES: dict[Strategy, type[Rule]] = {
     Strategy.DDP: DDP,
     Strategy.ZERO1: Zero1,
     Strategy.ZERO2: Zero2,
+    Strategy.ZERO3: Zero3,
     Strategy.FSDP: FSDP,
     Strategy.FSDP_GRAD_OP: FSDP,
     Strategy.HSDP: FSDP,
