@@ -28,18 +28,24 @@ def clean_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not _LAUNCHER_VARIABLES.match(k)}
 
 
-def torchrun_command(overrides: Sequence[str], processes: int, logs: Path | None = None) -> list[str]:
+def torchrun_command(
+    overrides: Sequence[str], processes: int, logs: Path | None = None, module: str = "lab.train"
+) -> list[str]:
     """``torchrun --standalone`` for one run on this machine; with ``logs`` each rank's output goes there."""
     redirect = ["--log-dir", str(logs), "--redirects", "3"] if logs else []
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(processes), *redirect, "-m", "lab.train", *overrides),
+        *("--nproc-per-node", str(processes), *redirect, "-m", module, *overrides),
     ]
 
 
-def threads_per_process(processes: int) -> str:
-    """OMP_NUM_THREADS for each rank: the cores shared out (torchrun's own default is one thread)."""
-    return os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // processes))
+def threads() -> str:
+    """OMP_NUM_THREADS of each rank: one, as torchrun has it for several processes, unless the user says otherwise.
+
+    One for a single process too: step times then compare between strategies, and two threads waiting for
+    each other on a busy machine made a step twenty times slower.
+    """
+    return os.environ.get("OMP_NUM_THREADS", "1")
 
 
 class Launch:

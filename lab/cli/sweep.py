@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from lab.cli.arguments import Parser
 from lab.cli.points import Point, identity, invalid_identity, study_points
-from lab.cli.process import Launch, clean_environment, threads_per_process, torchrun_command
+from lab.cli.process import Launch, clean_environment, threads, torchrun_command
 from lab.compare import comparison_row
 from lab.config import ConfigError, RunConfig, run_config_from_json
 from lab.config.device import visible_gpu_names
@@ -151,7 +151,7 @@ class Sweep:
     def _start(self, point: Point, cfg: RunConfig, gpus: list[str]) -> None:
         folder = RunFolder.create(cfg, new_run_id())
         command = torchrun_command(point.overrides, cfg.world_size, folder.logs_path)
-        extra = {"OMP_NUM_THREADS": threads_per_process(cfg.world_size * self.jobs)}
+        extra = {"OMP_NUM_THREADS": threads()}
         if gpus:
             extra["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         if self.jobs == 1:

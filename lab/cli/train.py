@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from lab.cli.arguments import Parser
-from lab.cli.process import clean_environment, threads_per_process, torchrun_command
+from lab.cli.process import clean_environment, threads, torchrun_command
 from lab.config import load
 
 HELP = """One run, as `torchrun --standalone --nproc-per-node WORLD_SIZE -m lab.train OVERRIDES` would start it.
@@ -23,5 +23,5 @@ def run(argv: Sequence[str]) -> int:
         del os.environ[name]
     cfg = load(overrides)  # a bad configuration ends here, before a process starts
     command = torchrun_command(overrides, cfg.world_size)
-    environment = {**clean_environment(), "OMP_NUM_THREADS": threads_per_process(cfg.world_size)}
+    environment = {**clean_environment(), "OMP_NUM_THREADS": threads()}
     os.execve(command[0], command, environment)
