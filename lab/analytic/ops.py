@@ -261,8 +261,9 @@ class Ops:
     def norm(self, x: Tensor, w: Parameter, b: Parameter | None, rows: int, kind: str, label: str) -> Tensor:
         """RMSNorm or LayerNorm over the last dimension.
 
-        Keeps x, fp32 statistics per row (rstd; LayerNorm also the mean) and the weight. LayerNorm is on
-        autocast's fp32 list, and both norms' weights are fp32 under autocast, so the output is fp32 there.
+        Keeps x, the weight and statistics per row (rstd; LayerNorm also the mean), which are fp32 on a GPU and of
+        x's type on a CPU. LayerNorm is on autocast's fp32 list, and both norms' weights are fp32 under autocast, so
+        the output is fp32 there.
         """
         if self.amp is not None:
             x = self.cast(x, FP32, label + " input, fp32 copy")
@@ -277,8 +278,9 @@ class Ops:
         num_leaves = len(leaves)
         node = Node(tape, [x, *leaves], backward, [x])
         y = self.new(numel, size, label)
+        statistic_size = FP32 if tape.trace.on_device_kernels else size
         for statistic in ("mean", "rstd") if kind == "layernorm" else ("rstd",):
-            self.tape.save(node, self.new(rows, FP32, f"{label} {statistic}"))
+            self.tape.save(node, self.new(rows, statistic_size, f"{label} {statistic}"))
         y.node = node
         return y
 

@@ -229,9 +229,9 @@ class Zero3(Rule):
                 del scalars
             optimizer.step([(numel, master)])
             del grad
-        norms.clear()
         self.coordinator.all_gather([self.sharded[s.name] for s in self.specs if self.sharded[s.name].persist])
         self.global_norm = unscaled
+        norms.clear()
 
     def _check_overflow(self) -> None:
         """has_overflow: isinf (its absolute value, then a bool per element), then isnan over all gradient shards."""
