@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lab.analytic.allocator import Simulation, simulate
 from lab.analytic.architecture import num_parameters
 from lab.analytic.assumptions import assumptions
@@ -27,20 +29,40 @@ def predict(cfg: RunConfig) -> Prediction:
     On a GPU the caching allocator is simulated, so *allocated* counts blocks as PyTorch's counter does. On a CPU
     nothing rounds or caches: reserved equals allocated, and device use is not predicted beyond it.
     """
-    replay = Replay(cfg)
+    runs = [_replay(cfg, rank) for rank in Replay(cfg).rule.ranks()]
+    first, steady, states = zip(*runs, strict=True)
+    worst = max(range(len(runs)), key=lambda i: steady[i].allocated_bytes)
+    return Prediction(_worst(steady), _worst(first), states[worst], num_parameters(cfg.model), assumptions(cfg))
+
+
+def _replay(cfg: RunConfig, rank: int) -> tuple[StepPrediction, StepPrediction, MemoryBreakdown]:
+    """One rank: its first step, its steady step, its states."""
+    replay = Replay(cfg, rank)
     replay.build()
     steady = min(replay.rule.steady_step, cfg.train.steps - 1)
     for _ in range(steady + 1):
         replay.step()
     events = replay.trace.events
     simulation = simulate(events, replay.trace.next_id) if replay.gpu else None
-    first = _step(cfg, replay, simulation, 0)
-    last = _step(cfg, replay, simulation, steady)
     # What persists is read before zero_grad drops the gradients.
     before = [start for phase, start, _ in spans_of(events, steady) if phase is StepPhase.ZERO_GRAD]
     moment = categories_at(events, before[:1])[0]
     states = MemoryBreakdown({c: moment.categories[c] for c in STATE_CATEGORIES if moment.categories[c]})
-    return Prediction(last, first, states, num_parameters(cfg.model), assumptions(cfg))
+    return _step(cfg, replay, simulation, 0), _step(cfg, replay, simulation, steady), states
+
+
+def _worst(ranks: Sequence[StepPrediction]) -> StepPrediction:
+    """The worst rank at every moment: ranks differ in which phase they need most."""
+    top = max(ranks, key=lambda r: r.allocated_bytes)
+    by_phase = {
+        phase: PhasePrediction(
+            end=max((r.phases[phase].end for r in ranks), key=lambda m: m.total_bytes),
+            peak=max((r.phases[phase].peak for r in ranks), key=lambda m: m.total_bytes),
+        )
+        for phase in top.phases
+    }
+    reserved, device = max(r.reserved_bytes for r in ranks), max(r.device_used_bytes for r in ranks)
+    return StepPrediction(top.allocated_bytes, reserved, device, top.categories, by_phase)
 
 
 def _step(cfg: RunConfig, replay: Replay, simulation: Simulation | None, step: int) -> StepPrediction:

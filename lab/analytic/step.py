@@ -16,12 +16,13 @@ from lab.vocab import MemoryCategory, Precision, StepPhase
 class Replay:
     """One rank of one run, symbolically. ``trace.events`` grows with each step."""
 
-    def __init__(self, cfg: RunConfig) -> None:
+    def __init__(self, cfg: RunConfig, rank: int = 0) -> None:
         self.cfg = cfg
         self.gpu = cfg.hardware.device_type == "cuda"
         self.trace = Trace(cfg.hardware.allocation_alignment_bytes, self.gpu)
         self.tape = Tape(self.trace)
         self.rule = RULES[cfg.parallel.strategy](cfg, self.tape, parameters(cfg.model))
+        self.rule.rank = rank
         self.ops = Ops(self.tape, linear_keeps_parameter=self.rule.linear_keeps_parameter)
         self.kept: list[object] = []
         self.done = 0

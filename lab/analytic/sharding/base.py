@@ -29,6 +29,11 @@ class Rule:
         self.optimizer = Optimizer(tape, cfg.optimizer)
         self.parameters: dict[str, Parameter] = {}
         self.last_micro_step = True
+        self.rank = 0  # the one that is replayed
+
+    def ranks(self) -> list[int]:
+        """Ranks among which the worst is, for every phase: all that has to be replayed."""
+        return [0]
 
     # -- sizes ---------------------------------------------------------------------------------
 

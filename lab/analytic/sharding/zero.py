@@ -57,8 +57,9 @@ class Bucket:
 
 
 class ZeroRule(Rule):
-    """What stages 1 and 2 share (DeepSpeedZeroOptimizer). ``rank`` may be set before ``build``."""
+    """What stages 1 and 2 share (DeepSpeedZeroOptimizer)."""
 
+    deepspeed = True
     partition_gradients = False  # stage 2
 
     def __init__(self, cfg: RunConfig, tape: Tape, specs: list[ParameterSpec]) -> None:
@@ -72,7 +73,6 @@ class ZeroRule(Rule):
         self.overlap = bool(z.overlap_comm)  # DeepSpeed's own default is off below stage 3
         self.group = FlatGroup(specs, self.world, z.round_robin_gradients)
         self.partition = self.group.partition_numel
-        self.rank = 0
         self.bucket = Bucket()
         self.extra_large = False  # extra_large_param_to_reduce
         self.ready_for_gradients = False
@@ -94,6 +94,24 @@ class ZeroRule(Rule):
     @property
     def autocast(self) -> bool:
         return False  # the module itself is in half precision
+
+    def ranks(self) -> list[int]:
+        """Partitions have one size, gradients kept for them have not: the worst in backward, after it, in the step."""
+        backward = self.group.early_and_large(self.partition_gradients or self.overlap, self._kept_numel)
+        return sorted({*backward, *(max(range(self.world), key=f) for f in (self._end_numel, self._step_bytes))})
+
+    def _end_numel(self, rank: int) -> int:
+        """grads_in_partition, in elements."""
+        return sum(s.numel for s in self.group.members(rank))
+
+    def _kept_numel(self, rank: int) -> int:
+        """Elements of gradients before a rank's backward ends: grads_in_partition, and in stage 1 also gradients
+
+        that were too large for the bucket, whoever owns them.
+        """
+        members = self.group.members(rank)
+        large = [] if self.partition_gradients else [s for s in self.specs if s.numel > self.bucket_size]
+        return sum(s.numel for s in {*members, *large})
 
     # -- build -----------------------------------------------------------------------------------
 
@@ -234,6 +252,13 @@ class ZeroRule(Rule):
 
     # -- optimizer step --------------------------------------------------------------------------
 
+    def _step_bytes(self, rank: int) -> int:
+        """What the optimizer step of one rank needs beyond the states, to compare ranks."""
+        pieces, size = self.group.slices(rank), self.parameter_itemsize
+        cast = self.master_itemsize if self.master_itemsize != size else 0
+        flattened = self.partition * ((size if len(pieces) > 1 else 0) + cast)
+        return size * self._end_numel(rank) + max(FP64 * max(pieces, default=0), flattened) + FP64 * len(pieces)
+
     def optimizer_step(self) -> None:
         """DeepSpeedZeroOptimizer.step: gradient norm in fp64, flat gradients in the masters' type, the update."""
         new, size, numel = self.tape.new, self.parameter_itemsize, self.partition
@@ -244,6 +269,7 @@ class ZeroRule(Rule):
             del wide
         norms.clear()
         total = new(1, FP32, "total norm")
+        previous = self.global_norm  # the engine's copy of the last step's, until this step is over
         self.global_norm = new(1, FP32, "global gradient norm")
         # Flattening copies unless the partition is one piece; the cast copies unless the types agree.
         flat = self.averaged[0] if len(self.averaged) == 1 else new(numel, size, "flat gradient partition", GRADIENTS)
@@ -251,7 +277,7 @@ class ZeroRule(Rule):
             flat = new(numel, self.master_itemsize, "gradient in the masters' type", GRADIENTS)
         self.averaged = []
         self.optimizer.step(self.optimizer_parameters())
-        del flat, total
+        del flat, total, previous
 
     def optimizer_parameters(self) -> list[tuple[int, int]]:
         """The optimizer sees one tensor: this rank's master partition."""

@@ -1,4 +1,4 @@
-"""How DeepSpeed's stages 1 and 2 cut the parameters: one flat group, equal partitions, slices per rank. Sizes in elements.
+"""How DeepSpeed's stages 1 and 2 cut the parameters: a flat group, equal partitions, slices. Sizes in elements.
 
 Source: DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py. The client optimizer has one parameter group, so there is
 one flat group. ``parameter_alignment`` is off, its default: nothing is padded between parameters.
@@ -6,7 +6,7 @@ one flat group. ``parameter_alignment`` is off, its default: nothing is padded b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from lab.analytic.architecture import ParameterSpec
 
@@ -27,6 +27,8 @@ class FlatGroup:
     """
 
     def __init__(self, specs: Sequence[ParameterSpec], world: int, reorder: bool) -> None:
+        self.world = world
+        self.place = {spec.name: i for i, spec in enumerate(specs)}  # in the model
         self.order = round_robin(specs, world) if reorder else list(specs)
         self.start: dict[str, int] = {}
         end = 0
@@ -64,3 +66,21 @@ class FlatGroup:
                     sizes.append(numel)
                 previous = rank
         return sizes
+
+    def early_and_large(self, backward_order: bool, kept: Callable[[int], int]) -> list[int]:
+        """Ranks of which no other keeps as much gradient as early: one of them has the highest peak of backward.
+
+        The rest of the memory is the same on every rank and falls as gradients are reduced, so the rank whose first
+        own gradient is reduced first needs most, unless a later one keeps more. ``backward_order``: gradients are
+        reduced as they are made, the last parameter's first; else in the parameters' order. ``kept``: by rank.
+        """
+
+        def first_own(rank: int) -> int:
+            places = [self.place[s.name] for s in self.members(rank)]
+            return -max(places, default=-1) if backward_order else min(places, default=len(self.place))
+
+        found: list[int] = []
+        for rank in sorted(range(self.world), key=lambda r: (first_own(r), -kept(r), -r)):
+            if not found or kept(rank) > kept(found[-1]):
+                found.append(rank)
+        return found
