@@ -10,7 +10,6 @@ went first, ``interrupted_rank_<r>.json`` who was told to stop.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import select
@@ -18,7 +17,6 @@ import signal
 import sys
 import threading
 import traceback
-from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
@@ -128,6 +126,8 @@ class FaultHandler:
 
     def _verdict(self, own_error: str, interrupted: bool) -> tuple[RunStatus, str, dict[str, Any] | None]:
         """What the whole run died of: the first out of memory, else the first failure, else the signal."""
+        # Looked at before the files are read: whoever is gone by now has left its word, if it could.
+        dead = [rank for rank, pid in self.state.peers.items() if not _alive(pid)]
         if found := self._left("oom"):
             return RunStatus.OOM, f"rank {found[0]['rank']}: {found[0]['error']}", found[0]
         # An error of this rank may only be the loss of a peer; the peer's own comes first then.
@@ -135,10 +135,9 @@ class FaultHandler:
         if failed and failed[0]["rank"] != self.state.rank:
             return RunStatus.FAILED, f"rank {failed[0]['rank']}: {failed[0]['error']}", None
         spoken = {entry["rank"] for entry in (*failed, *told)}
-        gone = [rank for rank, pid in self.state.peers.items() if rank not in spoken and not _alive(pid)]
-        if gone:
-            return RunStatus.FAILED, f"rank {gone[0]} died without a word (killed?); rank 0: {own_error}", None
-        if interrupted or told:
+        if killed := [rank for rank in dead if rank not in spoken]:
+            return RunStatus.FAILED, f"rank {killed[0]} died without a word (killed?); rank 0: {own_error}", None
+        if interrupted or any(entry["rank"] != self.state.rank for entry in told):
             return RunStatus.INTERRUPTED, own_error, None
         return RunStatus.FAILED, f"rank {self.state.rank}: {own_error}", None
 
@@ -150,10 +149,7 @@ class FaultHandler:
 
     def _left(self, kind: str) -> list[dict[str, Any]]:
         """What ranks left under ``kind``, first come first."""
-        if self.state.folder is None:
-            return []
-        paths = sorted(self.state.folder.path.glob(f"{kind}_rank_*.json"), key=_written_at)
-        return [json.loads(p.read_text(encoding="utf-8")) for p in paths]
+        return self.state.folder.read_words(kind) if self.state.folder is not None else []
 
     def _oom_moment(self, error: BaseException) -> dict[str, Any]:
         """Phase, step and bytes. The counters are read after the stack was unwound to here: what the dying
@@ -169,10 +165,6 @@ class FaultHandler:
                 moment["device_used_bytes"] = reading.device_used_bytes
         moment["requested_bytes"] = requested_bytes(message)
         return moment
-
-
-def _written_at(path: Path) -> int:
-    return path.stat().st_mtime_ns
 
 
 def _alive(pid: int) -> bool:

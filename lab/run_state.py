@@ -50,33 +50,43 @@ class RunState:
             self.folder.append_step(self.rank, step)
         self.tracker.log_step(step)
 
-    def measurement(self, finished_steps: int | None = None, step_seconds: float | None = None) -> RankMeasurement:
-        """This rank's measurement with its losses; with measure=off, steps with a loss and the wall's time."""
+    def measurement(self, step_seconds: float | None = None) -> RankMeasurement:
+        """This rank's measurement with its losses; measure=off: steps with a loss and the wall's mean time."""
         assert self.meter is not None
+        assert self.losses is not None
         result = self.meter.measurement()
-        losses = self.losses.known if self.losses is not None else []
-        if not result.steps and finished_steps:
-            result.steps = [StepMeasurement(i, step_seconds or 0.0, None) for i in range(finished_steps)]
-        for step in result.steps:
-            if step.step < len(losses):
-                step.loss = losses[step.step]
+        if not result.steps and step_seconds is not None:
+            result.steps = [StepMeasurement(i, step_seconds, None) for i in range(len(self.losses.known))]
+        _fill_losses(result, self.losses.known)
         return result
 
     def known_ranks(self) -> list[RankMeasurement]:
         """After a fault: this rank's measurement, and of the others what they left in the run folder."""
-        found: list[RankMeasurement] = []
-        if self.meter is not None:
-            limited = threading.Thread(target=lambda: found.append(self.measurement()), daemon=True)
-            limited.start()
-            limited.join(MEASUREMENT_TIMEOUT_S)
-        if self.folder is None or not found:
-            return found
+        own: list[RankMeasurement] = []
+        limited = threading.Thread(target=self._measure_into, args=(own,), daemon=True)
+        limited.start()
+        limited.join(MEASUREMENT_TIMEOUT_S)
+        if self.folder is None or self.meter is None:
+            return []
+        first = own[0] if own else RankMeasurement(self.rank, self.local_rank, "", "", "recovered")
+        found = [first] if own else []
         for rank in self.folder.ranks_on_disk():
-            if rank != self.rank:
+            if rank != self.rank or not own:
                 steps = self.folder.read_steps(rank)
                 note = "read back from the rank's JSONL: the run ended before it could send its measurement"
-                found.append(replace(found[0], rank=rank, local_rank=rank, build=None, steps=steps, notes=[note]))
+                found.append(replace(first, rank=rank, local_rank=rank, build=None, steps=steps, notes=[note]))
         return sorted(found, key=lambda r: r.rank)
+
+    def _measure_into(self, found: list[RankMeasurement]) -> None:
+        """On a thread of its own: both calls may wait for a device that never answers."""
+        if self.meter is None:
+            return
+        found.append(self.meter.measurement())
+        if self.losses is not None:
+            try:
+                _fill_losses(found[0], self.losses.read(len(found[0].steps)))
+            except RuntimeError:  # the device itself failed
+                _fill_losses(found[0], self.losses.known)
 
     def record(
         self,
@@ -123,3 +133,8 @@ class RunState:
             record.notes += self.tracker.notes
             self.folder.write_record(record)
         self.folder.close()
+
+
+def _fill_losses(measurement: RankMeasurement, losses: list[float]) -> None:
+    for step, loss in zip(measurement.steps, losses, strict=False):
+        step.loss = loss

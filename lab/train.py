@@ -71,10 +71,10 @@ def predict_first(state: RunState) -> None:
 
     A formula that fails costs the prediction, with a note in the record, not the measurement.
     """
-    from lab.analytic import predict
-
     assert state.folder is not None
     try:
+        from lab.analytic import predict
+
         state.prediction = predict(state.cfg)
         state.folder.write_prediction(state.prediction)
     except Exception as error:
@@ -109,7 +109,7 @@ def train_and_measure(state: RunState, place: Place) -> tuple[list[RankMeasureme
     clock = train(cfg, engine, batches, meter, losses, progress)
     progress.close()
     losses.read(cfg.train.steps)
-    measurement = state.measurement(cfg.train.steps, clock.step_seconds)
+    measurement = state.measurement(clock.step_seconds)
     meter.stop()
     ranks = gather(measurement, cfg.world_size)
     engine.close()

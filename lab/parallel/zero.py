@@ -103,6 +103,9 @@ class ZeroEngine:
             yield from _stage12_tensors(self.engine.module, self.optimizer)
         for tensor in optimizer_state_tensors(self.base_optimizer, self.device):
             yield MemoryCategory.OPTIMIZER_STATES, tensor
+        # Scalars kept from step to step.
+        kept = ("_global_grad_norm", "inf_or_nan_tracker")
+        yield from _as(MemoryCategory.TEMPORARIES, [getattr(self.optimizer, name, None) for name in kept])
         yield from cached_tensors(self.engine.module)
 
     def unseen_allocations(self) -> Iterator[tuple[MemoryCategory, int]]:
@@ -133,7 +136,7 @@ def _tensors(*values: Any) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, dict):
             yield from _tensors(*value.values())
-        elif isinstance(value, Iterable) and not isinstance(value, str):
+        elif isinstance(value, (list, tuple)):
             yield from _tensors(*value)
 
 

@@ -24,9 +24,10 @@ LEVELS: list[list[set[str]]] = [
     [{"vocab", "units"}],
     [{"config", "record"}],
     [{"analytic"}, {"model", "transforms", "parallel", "optim", "data"}, {"measure"}],
-    [{"build", "loop", "faults", "metrics", "progress"}],
+    [{"build", "loop", "metrics", "progress"}],
     [{"compare"}],
     [{"track", "report"}],
+    [{"launch", "run_state", "faults"}],
     [{"train", "cli"}],
 ]
 PLACE = {
