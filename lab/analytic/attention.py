@@ -81,15 +81,18 @@ def fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, backend:
                 scratch += FP32 * a.b * a.n * _round_up(a.s, 32)
             ops.scratch(scratch, "attention backward workspace")
             return [gq, gk, gv]
+        expanded = 2 * size * a.q_numel if grouped else 0  # dk and dv per query head, before they are summed
+        if backend is AttentionBackend.CUDNN:  # one workspace, and 512 B beside it
+            held = tape.new(512, 1, "cuDNN workspace")
+            ops.scratch(expanded + FP32 * (a.q_numel + rows), "cuDNN attention workspace")
+            del held
+            return [gq, gk, gv]
         tall = _round_up(a.s, 128)
-        held = []
-        if grouped:
-            held = [tape.new(a.q_numel, size, "expanded key/value gradient") for _ in range(2)]
-        held.append(tape.new(a.b * a.n * tall, FP32, "attention backward row sums"))
         wide = _round_up(a.d, 32) if a.d <= 128 else _round_up(a.d, 64)
-        if backend is AttentionBackend.CUDNN:
-            held.append(tape.new(512, 1, "cuDNN workspace"))
-        ops.scratch(FP32 * a.b * a.n * tall * wide, "fp32 query gradient accumulator")
+        sums = tape.new(a.b * a.n * tall, FP32, "attention backward row sums")
+        accumulator = tape.new(a.b * a.n * tall * wide, FP32, "fp32 query gradient accumulator")
+        both = [tape.new(a.q_numel, size, "expanded key/value gradient") for _ in range(2 if grouped else 0)]
+        del sums, accumulator, both
         return [gq, gk, gv]
 
     node = Node(tape, [q, k, v], backward, [q, k, v])

@@ -98,15 +98,11 @@ class Decoder:
     def block(self, i: int, x: Tensor) -> Tensor:
         """Block i. Its input stays referenced by the caller until it returns."""
         b = f"blocks.{i}"
-        normed = self._norm(x, f"{b}.attention_norm")
-        y = self._attention(normed, f"{b}.attention")
-        del normed
+        y = self._attention(self._norm(x, f"{b}.attention_norm"), f"{b}.attention")
         dropped = self._dropout(y, f"{b}.dropout", "residual dropout") if self.cfg.model.dropout else y
         x = self.ops.add(x, dropped, "residual")
         del dropped
-        normed = self._norm(x, f"{b}.mlp_norm")
-        y = self._mlp(normed, f"{b}.mlp")
-        del normed
+        y = self._mlp(self._norm(x, f"{b}.mlp_norm"), f"{b}.mlp")
         dropped = self._dropout(y, f"{b}.dropout", "residual dropout") if self.cfg.model.dropout else y
         return self.ops.add(x, dropped, "residual")
 
@@ -125,8 +121,10 @@ class Decoder:
         if cfg.model.position == "learned":
             positions = ops.new(cfg.train.seq_len, 8, "position ids")
             y = self._embedding("position", cfg.train.seq_len, positions)
-            x = ops.add(x, y, "embedding sum", broadcast=True)
-            del y, positions
+            total = ops.add(x, y, "embedding sum", broadcast=True)
+            del y
+            x = total
+            del total, positions
         if cfg.model.dropout:
             x = self._dropout(x, "dropout", "embedding dropout")
         for i in range(cfg.model.num_layers):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lab.analytic.reduce import column_sum_workspace_bytes
-from lab.analytic.tape import FP32, INT64, Accumulator, Grads, Node, Tape, Tensor
+from lab.analytic.tape import FP32, INT64, Accumulator, Grads, Node, Tape, Tensor, viewed
 from lab.vocab import MemoryCategory
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ class Ops:
     cast_cache: dict[str, Tensor] = field(default_factory=dict)
     linear_keeps_parameter: bool = False  # DeepSpeed's LinearFunctionForZeroStage3
     num_streaming_multiprocessors: int = 132
+    workspace_bytes: int = 0
+    lt_workspace_bytes: int = 0
+    workspaces: dict[str, Tensor] = field(default_factory=dict)
     region: Region | None = None  # the checkpointed region being run
 
     # -- helpers -----------------------------------------------------------------------------
@@ -62,6 +65,16 @@ class Ops:
         """Memory that a kernel takes and gives back; only a real allocator sees it."""
         if nbytes and self.tape.trace.on_device_kernels:
             self.new(nbytes, 1, label)
+
+    def matmul_workspace(self, thread: str, lt: bool) -> None:
+        """cuBLAS takes its workspace at the first product of each thread, which has a handle of its own, and keeps it.
+
+        addmm with a bias goes through cuBLASLt (cuda/Blas.cpp), which has another one.
+        """
+        for library, nbytes in (("cuBLAS", self.workspace_bytes), ("cuBLASLt", self.lt_workspace_bytes if lt else 0)):
+            key = f"{library} workspace, {thread} thread"
+            if nbytes and key not in self.workspaces:
+                self.workspaces[key] = self.new(nbytes, 1, key, MemoryCategory.LIBRARY_WORKSPACES)
 
     def cast(self, x: Tensor, itemsize: int, label: str) -> Tensor:
         """x.to(dtype): nothing is kept; backward casts the gradient back."""
@@ -194,7 +207,7 @@ class Ops:
         size, tape, ops = x.itemsize, self.tape, self
         category = LOSS if label == "logits" else MemoryCategory.TEMPORARIES
         # weight.t() is a node between the product and the weight: its gradient waits there for its turn.
-        turned = Tensor(weight.storage, weight.numel, size, Node(tape, [weight], lambda g: [g[0]]))
+        turned = Tensor(weight.storage, weight.numel, size, Node(tape, [weight], lambda g: [viewed(g[0])]))
         needs_x, numel_x = x.node is not None, x.numel
 
         def backward(grads: Grads) -> Grads:
@@ -202,6 +215,7 @@ class Ops:
             if bias_size and needs_x:
                 gx = tape.new(numel_x, size, label + " input gradient")
             gw = tape.new(out_features * in_features, size, f"gradient of {w.name}")
+            ops.matmul_workspace("backward", lt=False)
             if not bias_size and needs_x:
                 gx = tape.new(numel_x, size, label + " input gradient")
             if bias_size:
@@ -210,12 +224,13 @@ class Ops:
                     column_sum_workspace_bytes(rows, out_features, size, ops.num_streaming_multiprocessors),
                     "column sum",
                 )
-            return [gx, gw, gb]
+            return [viewed(gx), gw, gb]
 
         bias_size = 0 if bias is None else bias.itemsize
         node = Node(tape, [x, turned, bias], backward, [x, turned])
         del turned, weight, bias
         y = self.kept_or(rows * out_features, size, label, category)
+        self.matmul_workspace("forward", lt=bool(bias_size))
         y.node = node
         return y
 
@@ -232,6 +247,7 @@ class Ops:
 
         def backward(grads: Grads) -> Grads:
             gx = tape.new(numel_x, size, label + " input gradient") if needs_x else None
+            ops.matmul_workspace("backward", lt=False)
             out: Grads = [gx, tape.new(out_features * in_features, size, f"gradient of {w.name}")]
             if b is not None:
                 out.append(tape.new(out_features, size, f"gradient of {b.name}"))
@@ -245,6 +261,7 @@ class Ops:
         node = Node(tape, [x, *leaves], backward)
         del leaves
         y = self.kept_or(rows * out_features, size, label, category)
+        self.matmul_workspace("forward", lt=False)
         tape.save(node, x)
         for p in params:
             self.keep_parameter(node, p)

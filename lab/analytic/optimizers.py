@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lab.analytic.tape import FP32, Storage, Tape, Tensor
+from lab.analytic.tape import FP32, Tape, Tensor
 from lab.config import OptimizerConfig
 from lab.vocab import MemoryCategory
 
@@ -74,8 +74,3 @@ def clip_gradients(tape: Tape, count: int) -> Tensor:
     coefficients = [tape.new(1, FP32, "clip coefficient") for _ in range(3)]
     del coefficients
     return total
-
-
-def workspace(tape: Tape, nbytes: int, label: str) -> Storage | None:
-    """A library's workspace that the allocator serves once and keeps."""
-    return Storage(tape.trace, nbytes, MemoryCategory.LIBRARY_WORKSPACES, label) if nbytes else None

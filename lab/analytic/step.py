@@ -5,7 +5,6 @@ from __future__ import annotations
 from lab.analytic.architecture import parameters
 from lab.analytic.decoder import Decoder
 from lab.analytic.ops import Ops
-from lab.analytic.optimizers import workspace
 from lab.analytic.sharding import RULES
 from lab.analytic.tape import FP32, INT64, Tape, Tensor, Trace
 from lab.analytic.timeline import phase_mark
@@ -23,18 +22,23 @@ class Replay:
         self.tape = Tape(self.trace)
         self.rule = RULES[cfg.parallel.strategy](cfg, self.tape, parameters(cfg.model))
         self.rule.rank = rank
-        self.ops = Ops(self.tape, linear_keeps_parameter=self.rule.linear_keeps_parameter)
+        self.ops = Ops(
+            self.tape,
+            linear_keeps_parameter=self.rule.linear_keeps_parameter,
+            workspace_bytes=cfg.hardware.cublas_workspace_bytes,
+            lt_workspace_bytes=cfg.hardware.cublaslt_workspace_bytes,
+        )
         self.kept: list[object] = []
         self.done = 0
 
     def build(self) -> None:
         """Model, engine, batches and the loss record."""
         t = self.cfg.train
-        self.rule.build()
         tokens = t.micro_batch_size * t.seq_len
         batches = MemoryCategory.ACTIVATIONS
         self.kept += [self.tape.new(tokens, INT64, "batch", batches) for _ in range(4)]
         self.kept.append(self.tape.new(t.steps, FP32, "losses", MemoryCategory.LOGITS_AND_LOSS))
+        self.rule.build()
         self.decoder = Decoder(self.cfg, self.ops, self.rule.parameters, self.rule)
 
     def step(self) -> None:
@@ -47,7 +51,6 @@ class Replay:
             loss = self._forward()
             self._mark(StepPhase.FORWARD, True)
             self._mark(StepPhase.BACKWARD, False)
-            self._workspace("cuBLAS workspace, backward thread", StepPhase.BACKWARD)
             roots = self._scaled(loss)
             self.tape.backward(roots[-1])
             self.rule.finish_backward()
@@ -64,11 +67,6 @@ class Replay:
 
     def _mark(self, phase: StepPhase, end: bool) -> None:
         self.trace.mark(phase_mark(self.done, phase, end))
-
-    def _workspace(self, label: str, phase: StepPhase) -> None:
-        """cuBLAS takes its workspace at the first matmul of each (handle, stream); threads have own handles."""
-        if self.done == 0 and phase not in self.kept:
-            self.kept += [phase, workspace(self.tape, self.cfg.hardware.cublas_workspace_bytes, label)]
 
     def _scaled(self, loss: Tensor) -> list[Tensor]:
         """The loss over the micro-steps, times the loss scale: backward starts from the last.
@@ -97,7 +95,6 @@ class Replay:
                 self.tape.new(train.seq_len * model.head_dim, size, f"rope {name}", MemoryCategory.ACTIVATIONS)
                 for name in ("cos", "sin")
             ]
-        self._workspace("cuBLAS workspace, forward thread", StepPhase.FORWARD)
         self.ops.amp = self.rule.compute_itemsize if self.rule.autocast else None
         self.ops.cast_cache = {}
         loss = self.decoder.forward()

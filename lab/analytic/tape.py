@@ -88,12 +88,17 @@ class Storage:
 
 
 class Tensor:
-    """A storage with an element count, an element size and the node that made it (None: no gradient)."""
+    """A storage with an element count, an element size and the node that made it (None: no gradient).
 
-    __slots__ = ("itemsize", "node", "numel", "slot", "storage")
+    ``has_base``: the tensor is a view, and keeps the tensor that it views (autograd tracks that without grad mode
+    too), so its storage is never held by it alone.
+    """
+
+    __slots__ = ("has_base", "itemsize", "node", "numel", "slot", "storage")
 
     def __init__(self, storage: Storage, numel: int, itemsize: int, node: Node | None = None, slot: int = 0) -> None:
         self.storage, self.numel, self.itemsize, self.node, self.slot = storage, numel, itemsize, node, slot
+        self.has_base = False
 
     def view(self, numel: int | None = None, node: Node | None = None, slot: int = 0) -> Tensor:
         """Another tensor over the same storage."""
@@ -248,9 +253,16 @@ class Tape:
             node.buffer[slot] = grad
             return
         # Held by the buffer, by `old` here and by getrefcount's argument; the storage by `old` alone.
-        alone = getrefcount(old) == 3 and getrefcount(old.storage) == 2
+        alone = getrefcount(old) == 3 and getrefcount(old.storage) == 2 and not old.has_base
         if not (alone and self.trace.inplace_accumulation):
             node.buffer[slot] = self.new(old.numel, max(old.itemsize, grad.itemsize), "accumulated gradient")
+
+
+def viewed(grad: Tensor | None) -> Tensor | None:
+    """The gradient as a view node (reshape, transpose) passes it on."""
+    if grad is not None:
+        grad.has_base = True
+    return grad
 
 
 def _count_dependencies(root: Node) -> None:

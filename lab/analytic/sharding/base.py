@@ -55,9 +55,12 @@ class Rule:
     # -- life of a run -------------------------------------------------------------------------
 
     def build(self) -> None:
-        for spec in self.specs:
-            tensor = self.tape.new(spec.numel, self.parameter_itemsize, spec.name, PARAMETERS)
+        for spec in self.specs:  # parallel/materialise.py: drawn in fp32, then cast
+            tensor = self.tape.new(spec.numel, FP32, spec.name, PARAMETERS)
+            if self.parameter_itemsize != FP32:
+                tensor = self.tape.new(spec.numel, self.parameter_itemsize, spec.name, PARAMETERS)
             self.add_parameter(spec, tensor)
+            del tensor
 
     def add_parameter(self, spec: ParameterSpec, tensor: Tensor) -> Parameter:
         accumulator = Accumulator(spec.name)

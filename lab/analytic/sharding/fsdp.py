@@ -79,6 +79,21 @@ class FSDP(Rule):
             unit = self.units[spec.unit]
             unit.members.append((spec, self.add_parameter(spec, whole)))
             unit.padded_shard_numel += padded
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """parallel/fsdp.py, _initialise_shards: each whole parameter is drawn in fp32 (and cast), then cut."""
+        if self.cfg.model.tied_head:  # to_empty allocates it again for the second place
+            self.tape.new(self._padded(self.specs[0]), self.parameter_itemsize, "head.weight, dropped")
+        value = cut = None
+        for spec in self.specs:
+            drawn = self.tape.new(spec.numel, FP32, f"initial {spec.name}")
+            if self.parameter_itemsize != FP32:
+                drawn = self.tape.new(spec.numel, self.parameter_itemsize, f"initial {spec.name}")
+            value = drawn
+            del drawn
+            cut = self.tape.new(self._padded(spec), self.parameter_itemsize, f"initial shard of {spec.name}")
+        del value, cut
 
     # -- gather and free ---------------------------------------------------------------------------
 
@@ -97,8 +112,7 @@ class FSDP(Rule):
         """wait_for_unshard(): copy the flat output into one storage per parameter."""
         if unit.gathered:
             return
-        if forward and unit.all_gather is not None:
-            self.previous = None
+        before = self.previous if forward and unit.all_gather is not None else None  # a local variable: to the end
         for _, parameter in unit.members:
             cast = self.size == 1 and self.mixed
             held = self.tape.new(parameter.numel, self.gathered_itemsize, "FSDP cast", COMM) if cast else None
@@ -108,6 +122,7 @@ class FSDP(Rule):
         if forward:
             self.previous = unit.all_gather
         unit.all_gather = None
+        del before
 
     def _free(self, unit: Unit) -> None:
         for _, parameter in unit.members:
