@@ -42,9 +42,12 @@ def parameters(model: ModelConfig) -> list[ParameterSpec]:
     for i in range(model.num_layers):
         b = f"blocks.{i}"
         norm(f"{b}.attention_norm", i)
-        linear(f"{b}.attention.q_proj", q, h, i)
-        linear(f"{b}.attention.k_proj", kv, h, i)
-        linear(f"{b}.attention.v_proj", kv, h, i)
+        if model.fused_qkv:
+            linear(f"{b}.attention.qkv_proj", q + 2 * kv, h, i)
+        else:
+            linear(f"{b}.attention.q_proj", q, h, i)
+            linear(f"{b}.attention.k_proj", kv, h, i)
+            linear(f"{b}.attention.v_proj", kv, h, i)
         linear(f"{b}.attention.o_proj", h, q, i)
         norm(f"{b}.mlp_norm", i)
         if model.mlp == "swiglu":

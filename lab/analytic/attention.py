@@ -132,7 +132,7 @@ def _matmul(ops: Ops, x: Tensor, y: Tensor, numel: int, label: str, grad_copy: i
         return [gx, gy]
 
     node = Node(tape, [x, y], backward, [x, y])
-    out = ops.new(numel, size, label)
+    out = ops.kept_or(numel, size, label)
     out.node = node
     return out
 

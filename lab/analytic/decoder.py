@@ -71,9 +71,15 @@ class Decoder:
 
     def _attention(self, x: Tensor, prefix: str) -> Tensor:
         x = self.hooks.enter(prefix, x)
-        q = self._linear(x, f"{prefix}.q_proj", "query")
-        k = self._linear(x, f"{prefix}.k_proj", "key")
-        v = self._linear(x, f"{prefix}.v_proj", "value")
+        if self.cfg.model.fused_qkv:
+            a = self.shape
+            qkv = self._linear(x, f"{prefix}.qkv_proj", "query, key and value")
+            q, k, v = self.ops.split(qkv, [a.q_numel, a.kv_numel, a.kv_numel], "query, key and value gradient")
+            del qkv
+        else:
+            q = self._linear(x, f"{prefix}.q_proj", "query")
+            k = self._linear(x, f"{prefix}.k_proj", "key")
+            v = self._linear(x, f"{prefix}.v_proj", "value")
         if self.cfg.model.position == "rope":
             q = self.ops.rope(q, "query")
             k = self.ops.rope(k, "key")

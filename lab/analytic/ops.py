@@ -140,11 +140,12 @@ class Ops:
                 return [tape.new(table, itemsize, f"gradient of {p.name}")]
             segments = min(rows, table_rows)
             partial = rows // 10 + segments
-            held = [self.new(rows, INT64, "sorted indices") for _ in range(2)] if tape.trace.on_device_kernels else []
+            gpu = tape.trace.on_device_kernels
+            held = [self.new(rows, INT64, "sorted indices") for _ in range(2)] if gpu else []
             g = tape.new(table, itemsize, f"gradient of {p.name}")
-            self.scratch(
-                8 * (rows + 2 * segments + partial) + FP32 * partial * -(-width // 32) * 32, "partial segments"
-            )
+            if gpu:
+                held += [self.new(n, INT64, "segments") for n in (rows, segments, segments, partial)]
+            self.scratch(FP32 * partial * -(-width // 32) * 32, "partial segments")
             del held
             return [g]
 

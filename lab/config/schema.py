@@ -28,6 +28,7 @@ class ModelConfig:
     mlp: str = "swiglu"  # swiglu | gelu
     position: str = "rope"  # rope | learned
     bias: bool = False  # biases of the attention and MLP projections (and of LayerNorm)
+    fused_qkv: bool = False  # one projection for query, key and value, as GPT-2's c_attn
     tied_head: bool = False  # output head shares the token embedding's weight
     dropout: float = 0.0  # after embedding, attention (weights and output) and MLP
     rope_theta: float = 10000.0

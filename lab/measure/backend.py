@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lab.measure.census import Census, cpu_census, cuda_census
-from lab.measure.cpu_patches import SETTLE_SECONDS
+from lab.measure.cpu_patches import settle
 from lab.measure.cpu_tracker import StorageTracker
 from lab.measure.timing import Clock
 
@@ -134,8 +134,7 @@ class CpuBackend:
 
     def read(self) -> Counters:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # As after a wait; DDP's own waits are in C++.
-            time.sleep(SETTLE_SECONDS)
+            settle()  # as after a wait; DDP's own waits are in C++
         now, peak = self.tracker.current_bytes, self.tracker.peak_bytes
         return Counters(now, peak, now, peak, now, peak)
 

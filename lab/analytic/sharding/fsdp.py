@@ -199,8 +199,8 @@ class FSDP(Rule):
         return [(shard_rows(s.shape[0], self.size, 0) * (s.numel // s.shape[0]), size) for s in self.specs]
 
     def zero_grad(self) -> None:
-        for unit in self.units.values():
-            unit.sharded_grad = None
+        for index in (*range(self.cfg.model.num_layers), -1):  # the root's goes with the last parameter, the head
+            self.units[index].sharded_grad = None
 
 
 class _Unallocated:

@@ -131,7 +131,8 @@ class ZeroRule(Rule):
         """DeepSpeedZeroOptimizer.__init__; empties ``originals``, whose storage the flat group replaces."""
         new, size, master, numel = self.tape.new, self.parameter_itemsize, self.master_itemsize, self.partition
         self.flat = new(self.group.numel, size, "flat parameters", PARAMETERS)
-        originals.clear()
+        while originals:
+            originals.pop(0)
         for spec in self.specs:
             self.add_parameter(spec, self.flat.view(spec.numel))
         self.master = new(numel, size, "clone of the partition", MASTER)
