@@ -47,7 +47,7 @@ def test_prediction_is_the_measurement(options: list[str], tmp_path: Path) -> No
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
-    records = read_records([tmp_path / "outputs"])
+    records = list(read_records([tmp_path / "outputs"]))
     assert len(records) == 1, done.stdout + done.stderr
     cfg = load(overrides)
     for measured in records[0][1].ranks:
