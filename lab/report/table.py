@@ -47,7 +47,7 @@ def run_table(records: Sequence[RunRecord], markdown: bool = False) -> str:
         line += [_setting_text(config.get(s)) for s in settings]
         line += [str(row["status"])] if status else []
         line += [_gib(row["predicted_allocated_bytes"], digits), _gib(row["measured_allocated_bytes"], digits)]
-        line += [_number(row["allocated_error_percent"], "+.2f"), _losses(row), _number(row["step_seconds"], ".3f")]
+        line += [_percent(row["allocated_error_percent"]), _losses(row), _number(row["step_seconds"], ".3f")]
         cells.append(line)
     table = markdown_table(headers, cells) if markdown else text_table(headers, cells)
     return f"{table}\n\n{FOOTNOTE}"
@@ -101,6 +101,11 @@ def _gib(value: int | None, digits: int) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _percent(value: float | None) -> str:
+    """Two digits and a sign, which a zero has not."""
+    return "-" if value is None else format(round(value, 2) or 0.0, "+.2f" if round(value, 2) else ".2f")
 
 
 def _losses(row: Mapping[str, Any]) -> str:
