@@ -10,8 +10,8 @@ buffer                               bytes                                      
 bit16_groups_flat                    e * N * P; the parameters are views of it       always
 single_partition_of_fp32_groups      m * P, a clone also in fp32                     always
 AdamW exp_avg, exp_avg_sq            m * P each                                      from the first step on
-ipg_buckets[].buffer                 e * reduce_bucket_size, twice with overlap_comm  a backward's first gradient
-                                                                                     until its reduction's end
+ipg_buckets[].buffer                 e * reduce_bucket_size; two with overlap_comm   from a backward's first
+                                                                                     gradient to its last reduction
 allreduce_bucket's flattened copy    e * what is reduced at once                     during each reduction
 grads_in_partition                   e * whole size of the parameters that overlap   first own gradient reduced
                                      the rank's partition                            until the step
@@ -26,34 +26,18 @@ Left out: scalars that live for one kernel, and fp16 steps skipped for an overfl
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from lab.analytic.architecture import ParameterSpec
 from lab.analytic.ops import Parameter
 from lab.analytic.sharding.base import Rule
 from lab.analytic.sharding.zero_partitions import FlatGroup
+from lab.analytic.sharding.zero_reduction import Reducer
 from lab.analytic.tape import FP32, Tape, Tensor
 from lab.config import RunConfig
 from lab.vocab import MemoryCategory, Precision
 
 FP64 = 8  # bytes; zero/utils.py, get_norm_dtype
-REDUCTION_STREAM = 1  # DeepSpeedZeroOptimizer.reduction_stream, with overlap_comm
 PARAMETERS, MASTER = MemoryCategory.PARAMETERS, MemoryCategory.MASTER_WEIGHTS
-GRADIENTS, COMM = MemoryCategory.GRADIENTS, MemoryCategory.COMM_BUFFERS
-
-
-@dataclass
-class Bucket:
-    """IPGBucket: gradients that wait for their reduction."""
-
-    buffers: list[Tensor] = field(default_factory=list)
-    index: int = 0
-    params: list[ParameterSpec] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    numel: int = 0
-
-    def clear(self) -> None:
-        self.params, self.grads, self.numel = [], [], 0
+GRADIENTS = MemoryCategory.GRADIENTS
 
 
 class ZeroRule(Rule):
@@ -64,22 +48,9 @@ class ZeroRule(Rule):
 
     def __init__(self, cfg: RunConfig, tape: Tape, specs: list[ParameterSpec]) -> None:
         super().__init__(cfg, tape, specs)
-        z = cfg.parallel.zero
-        self.bucket_size, self.contiguous, self.reduce_scatter = (
-            z.reduce_bucket_size,
-            z.contiguous_gradients,
-            z.reduce_scatter,
-        )
-        self.overlap = bool(z.overlap_comm)  # DeepSpeed's own default is off below stage 3
-        self.group = FlatGroup(specs, self.world, z.round_robin_gradients)
+        self.options = cfg.parallel.zero
+        self.group = FlatGroup(specs, self.world, self.options.round_robin_gradients)
         self.partition = self.group.partition_numel
-        self.bucket = Bucket()
-        self.extra_large = False  # extra_large_param_to_reduce
-        self.ready_for_gradients = False
-        self.grads_in_partition: Tensor | None = None
-        self.previous_reduced: list[ParameterSpec] = []  # previous_reduced_grads
-        self.accumulated: list[Tensor] | None = None  # all_grad_tensors
-        self.averaged: list[Tensor] = []  # averaged_gradients
         self.global_norm: Tensor | None = None  # _global_grad_norm
 
     @property
@@ -97,7 +68,9 @@ class ZeroRule(Rule):
 
     def ranks(self) -> list[int]:
         """Partitions have one size, gradients kept for them have not: the worst in backward, after it, in the step."""
-        backward = self.group.early_and_large(self.partition_gradients or self.overlap, self._kept_numel)
+        backward = self.group.early_and_large(
+            self.partition_gradients or bool(self.options.overlap_comm), self._kept_numel
+        )
         return sorted({*backward, *(max(range(self.world), key=f) for f in (self._end_numel, self._step_bytes))})
 
     def _end_numel(self, rank: int) -> int:
@@ -105,12 +78,12 @@ class ZeroRule(Rule):
         return sum(s.numel for s in self.group.members(rank))
 
     def _kept_numel(self, rank: int) -> int:
-        """Elements of gradients before a rank's backward ends: grads_in_partition, and in stage 1 also gradients
+        """Elements of gradients before a rank's backward ends: grads_in_partition, in stage 1 also oversized ones.
 
-        that were too large for the bucket, whoever owns them.
+        Gradients too large for the bucket stay where they are in stage 1, whoever owns them.
         """
         members = self.group.members(rank)
-        large = [] if self.partition_gradients else [s for s in self.specs if s.numel > self.bucket_size]
+        large = [] if self.partition_gradients else [s for s in self.specs if s.numel > self.options.reduce_bucket_size]
         return sum(s.numel for s in {*members, *large})
 
     # -- build -----------------------------------------------------------------------------------
@@ -139,117 +112,16 @@ class ZeroRule(Rule):
         if size != master:
             self.master = new(numel, master, "master weights", MASTER)
         new(numel, master, "gradient of initialize_optimizer_states", GRADIENTS)
-        self.members = self.group.members(self.rank)
-        self.member_names = {s.name for s in self.members}
+        self.reducer = Reducer(self.tape, self.options, self.group, self.rank, self.partition_gradients, size)
+        self.reducer.parameters = self.parameters
 
     # -- backward --------------------------------------------------------------------------------
 
     def grad_ready(self, spec: ParameterSpec, parameter: Parameter) -> None:
-        """process_gradients, the hook on every parameter."""
-        if not (self.partition_gradients or self.overlap or self.contiguous):
-            return  # create_gradient_handling_hooks was not called
-        self._setup_buckets()
-        if self.partition_gradients or (self.overlap and self.last_micro_step):
-            self._add_to_bucket(spec)
-
-    def _setup_buckets(self) -> None:
-        if self.contiguous and not self.ready_for_gradients:
-            self.bucket.index = 0
-            for _ in range(2 if self.overlap else 1):
-                self.bucket.buffers.append(
-                    self.tape.new(self.bucket_size, self.parameter_itemsize, "ZeRO reduce bucket", COMM)
-                )
-        self.ready_for_gradients = True
-
-    def _add_to_bucket(self, spec: ParameterSpec) -> None:
-        """reduce_independent_p_g_buckets_and_remove_grads."""
-        bucket, accumulator = self.bucket, self.parameters[spec.name].accumulator
-        if bucket.numel + spec.numel > self.bucket_size:
-            self._reduce()
-            if self.contiguous and self.overlap:
-                bucket.index = 1 - bucket.index
-        if self.contiguous:
-            if spec.numel > self.bucket_size:
-                self.extra_large = True
-            else:
-                accumulator.grad = bucket.buffers[bucket.index].view(spec.numel)
-        assert accumulator.grad is not None
-        bucket.params.append(spec)
-        bucket.grads.append(accumulator.grad.view())
-        bucket.numel += spec.numel
-
-    def _reduce(self) -> None:
-        """reduce_ipg_grads: average what is in the bucket, then keep this partition's gradients."""
-        bucket = self.bucket
-        self.tape.trace.stream = REDUCTION_STREAM if self.overlap else 0
-        if self.contiguous and self.reduce_scatter:
-            # average_tensor reduces the bucket in place unless ranks share it: then slices are flattened, a group
-            # closing once it exceeds reduce_bucket_size (allreduce_and_scatter); one slice needs no copy.
-            group: list[int] = []
-            for numel in self.group.reduced_slices(bucket.params):
-                group.append(numel)
-                if sum(group) > self.bucket_size:
-                    self._flatten(group)
-                    group = []
-            self._flatten(group)
-        elif not self.contiguous and bucket.params:  # allreduce_and_copy of everything in the bucket
-            if self.overlap:
-                self._drop_previous_reduced()
-            self._flatten([s.numel for s in bucket.params])
-        for spec in bucket.params:
-            own = spec.name in self.member_names
-            if own and self.contiguous:
-                self._copy_to_partition(spec)
-            elif not own and self.partition_gradients:
-                if self.overlap and not self.contiguous:
-                    self.previous_reduced.append(spec)
-                else:
-                    self.parameters[spec.name].accumulator.grad = None
-        self.tape.trace.stream = 0
-        self.extra_large = False
-        bucket.clear()
-
-    def _flatten(self, slices: list[int]) -> None:
-        """allreduce_bucket: a flat copy, reduced and copied back; a single slice is reduced where it is."""
-        if len(slices) > 1:
-            self.tape.new(sum(slices), self.parameter_itemsize, "flattened bucket", COMM)
-
-    def _drop_previous_reduced(self) -> None:
-        for spec in self.previous_reduced:
-            self.parameters[spec.name].accumulator.grad = None
-        self.previous_reduced = []
-
-    def _copy_to_partition(self, spec: ParameterSpec) -> None:
-        """copy_grads_in_partition: the first own gradient makes room for all of them."""
-        if self.grads_in_partition is None:
-            numel = sum(s.numel for s in self.members)
-            self.grads_in_partition = self.tape.new(numel, self.parameter_itemsize, "grads_in_partition", GRADIENTS)
-        self.parameters[spec.name].accumulator.grad = self.grads_in_partition.view(spec.numel)
+        self.reducer.grad_ready(spec, self.last_micro_step)
 
     def finish_backward(self) -> None:
-        """engine.allreduce_gradients: stage 2 after every micro-step, stage 1 after the last."""
-        if not self.partition_gradients:
-            if not self.last_micro_step:
-                return
-            if not self.overlap:  # reduce_gradients
-                for spec in self.specs:
-                    self._add_to_bucket(spec)
-        self._reduce()
-        self._drop_previous_reduced()
-        gradients = [self.parameters[s.name].accumulator.grad for s in self.members]
-        if self.accumulated is None:
-            self.accumulated = [g.view() for g in gradients if g is not None]
-        gradients.clear()  # later micro-steps are added in place
-        if self.last_micro_step:
-            self.averaged, self.accumulated = self.accumulated, None
-            padding = self.partition - sum(self.group.slices(self.rank))
-            if padding:
-                self.averaged.append(self.tape.new(padding, self.parameter_itemsize, "partition padding", GRADIENTS))
-        if self.contiguous:  # _release_ipg_buffers
-            self.bucket.buffers.clear()
-            self.grads_in_partition = None
-        self.ready_for_gradients = False
-        self.zero_grad()
+        self.reducer.finish_backward(self.specs, self.last_micro_step)
 
     # -- optimizer step --------------------------------------------------------------------------
 
@@ -273,10 +145,11 @@ class ZeroRule(Rule):
         previous = self.global_norm  # the engine's copy of the last step's, until this step is over
         self.global_norm = new(1, FP32, "global gradient norm")
         # Flattening copies unless the partition is one piece; the cast copies unless the types agree.
-        flat = self.averaged[0] if len(self.averaged) == 1 else new(numel, size, "flat gradient partition", GRADIENTS)
+        parts = self.reducer.averaged
+        flat = parts[0] if len(parts) == 1 else new(numel, size, "flat gradient partition", GRADIENTS)
         if self.master_itemsize != size:
             flat = new(numel, self.master_itemsize, "gradient in the masters' type", GRADIENTS)
-        self.averaged = []
+        parts.clear()
         self.optimizer.step(self.optimizer_parameters())
         del flat, total, previous
 

@@ -1,0 +1,161 @@
+"""How DeepSpeed's stages 1 and 2 reduce gradients: buckets, flattened copies, one partition's share kept.
+
+Source: DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py; every method names the function there that it replays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lab.analytic.architecture import ParameterSpec
+from lab.analytic.ops import Parameter
+from lab.analytic.sharding.zero_partitions import FlatGroup
+from lab.analytic.tape import Tape, Tensor
+from lab.config import ZeroOptions
+from lab.vocab import MemoryCategory
+
+REDUCTION_STREAM = 1  # DeepSpeedZeroOptimizer.reduction_stream, with overlap_comm
+GRADIENTS, COMM = MemoryCategory.GRADIENTS, MemoryCategory.COMM_BUFFERS
+
+
+@dataclass
+class Bucket:
+    """IPGBucket: gradients that wait for their reduction. ``grads`` keeps them until the bucket is cleared."""
+
+    buffers: list[Tensor] = field(default_factory=list)
+    index: int = 0
+    params: list[ParameterSpec] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    numel: int = 0
+
+    def clear(self) -> None:
+        self.params, self.grads, self.numel = [], [], 0
+
+
+class Reducer:
+    """One rank's gradients from their making to ``averaged``, this partition's (averaged_gradients).
+
+    ``by_micro_step``: stage 2 (partition_gradients), else stage 1. ``itemsize``: bytes per gradient element.
+    """
+
+    def __init__(
+        self, tape: Tape, options: ZeroOptions, group: FlatGroup, rank: int, by_micro_step: bool, itemsize: int
+    ) -> None:
+        self.tape, self.group, self.rank, self.by_micro_step, self.itemsize = tape, group, rank, by_micro_step, itemsize
+        self.bucket_size, self.contiguous = options.reduce_bucket_size, options.contiguous_gradients
+        self.reduce_scatter = options.reduce_scatter
+        self.overlap = bool(options.overlap_comm)  # DeepSpeed's own default is off below stage 3
+        self.members = group.members(rank)
+        self.own = {s.name for s in self.members}
+        self.parameters: dict[str, Parameter] = {}
+        self.bucket = Bucket()
+        self.ready_for_gradients = False
+        self.grads_in_partition: Tensor | None = None
+        self.previous_reduced: list[ParameterSpec] = []  # previous_reduced_grads
+        self.accumulated: list[Tensor] | None = None  # all_grad_tensors
+        self.averaged: list[Tensor] = []
+
+    def grad_ready(self, spec: ParameterSpec, last_micro_step: bool) -> None:
+        """process_gradients, the hook on every parameter."""
+        if not (self.by_micro_step or self.overlap or self.contiguous):
+            return  # create_gradient_handling_hooks was not called
+        self._setup_buckets()
+        if self.by_micro_step or (self.overlap and last_micro_step):
+            self._add_to_bucket(spec)
+
+    def _setup_buckets(self) -> None:
+        if self.contiguous and not self.ready_for_gradients:
+            self.bucket.index = 0
+            for _ in range(2 if self.overlap else 1):
+                self.bucket.buffers.append(self.tape.new(self.bucket_size, self.itemsize, "ZeRO reduce bucket", COMM))
+        self.ready_for_gradients = True
+
+    def _add_to_bucket(self, spec: ParameterSpec) -> None:
+        """reduce_independent_p_g_buckets_and_remove_grads."""
+        bucket, accumulator = self.bucket, self.parameters[spec.name].accumulator
+        if bucket.numel + spec.numel > self.bucket_size:
+            self._reduce()
+            if self.contiguous and self.overlap:
+                bucket.index = 1 - bucket.index
+        if self.contiguous and spec.numel <= self.bucket_size:  # larger ones stay: extra_large_param_to_reduce
+            accumulator.grad = bucket.buffers[bucket.index].view(spec.numel)
+        assert accumulator.grad is not None
+        bucket.params.append(spec)
+        bucket.grads.append(accumulator.grad.view())
+        bucket.numel += spec.numel
+
+    def _reduce(self) -> None:
+        """reduce_ipg_grads: average what is in the bucket, then keep this partition's gradients."""
+        bucket = self.bucket
+        self.tape.trace.stream = REDUCTION_STREAM if self.overlap else 0
+        if self.contiguous and self.reduce_scatter:
+            # average_tensor reduces the bucket in place unless ranks share it: then slices are flattened, a group
+            # closing once it exceeds reduce_bucket_size (allreduce_and_scatter); one slice needs no copy.
+            group: list[int] = []
+            for numel in self.group.reduced_slices(bucket.params):
+                group.append(numel)
+                if sum(group) > self.bucket_size:
+                    self._flatten(group)
+                    group = []
+            self._flatten(group)
+        elif not self.contiguous and bucket.params:  # allreduce_and_copy of everything in the bucket
+            if self.overlap:
+                self._drop_previous_reduced()
+            self._flatten([s.numel for s in bucket.params])
+        for spec in bucket.params:
+            own = spec.name in self.own
+            if own and self.contiguous:
+                self._copy_to_partition(spec)
+            elif not own and self.by_micro_step:
+                if self.overlap and not self.contiguous:
+                    self.previous_reduced.append(spec)
+                else:
+                    self.parameters[spec.name].accumulator.grad = None
+        self.tape.trace.stream = 0
+        bucket.clear()
+
+    def _flatten(self, slices: list[int]) -> None:
+        """allreduce_bucket: a flat copy, reduced and copied back; a single slice is reduced where it is."""
+        if len(slices) > 1:
+            self.tape.new(sum(slices), self.itemsize, "flattened bucket", COMM)
+
+    def _drop_previous_reduced(self) -> None:
+        for spec in self.previous_reduced:
+            self.parameters[spec.name].accumulator.grad = None
+        self.previous_reduced = []
+
+    def _copy_to_partition(self, spec: ParameterSpec) -> None:
+        """copy_grads_in_partition: the first own gradient makes room for all of them."""
+        if self.grads_in_partition is None:
+            numel = sum(s.numel for s in self.members)
+            self.grads_in_partition = self.tape.new(numel, self.itemsize, "grads_in_partition", GRADIENTS)
+        self.parameters[spec.name].accumulator.grad = self.grads_in_partition.view(spec.numel)
+
+    def finish_backward(self, specs: list[ParameterSpec], last_micro_step: bool) -> None:
+        """engine.allreduce_gradients: stage 2 after every micro-step, stage 1 after the last.
+
+        ``specs``: all parameters in the model's order (reduce_gradients).
+        """
+        if not self.by_micro_step:
+            if not last_micro_step:
+                return
+            if not self.overlap:
+                for spec in specs:
+                    self._add_to_bucket(spec)
+        self._reduce()
+        self._drop_previous_reduced()
+        gradients = [self.parameters[s.name].accumulator.grad for s in self.members]
+        if self.accumulated is None:
+            self.accumulated = [g.view() for g in gradients if g is not None]
+        gradients.clear()  # later micro-steps are added in place
+        if last_micro_step:
+            self.averaged, self.accumulated = self.accumulated, None
+            padding = self.group.partition_numel - sum(self.group.slices(self.rank))
+            if padding:
+                self.averaged.append(self.tape.new(padding, self.itemsize, "partition padding", GRADIENTS))
+        if self.contiguous:  # _release_ipg_buffers
+            self.bucket.buffers.clear()
+            self.grads_in_partition = None
+        self.ready_for_gradients = False
+        for parameter in self.parameters.values():  # _clear_param_grad_only
+            parameter.accumulator.grad = None
