@@ -21,7 +21,9 @@ single_grad_partition                m * P                                      
 ===================================  ==============================================  ===========================
 
 ``allgather_bucket_size`` sizes nothing here: the updated partitions are gathered straight into the flat group.
-Left out: scalars that live for one kernel, and fp16 steps skipped for an overflow (no state is made in them).
+Left out: scalars and partial sums that live for one kernel (up to some KiB in the step); fp16 steps skipped for an
+overflow (no state is made in them); with overlap_comm, how long the allocator holds back blocks that the other stream
+has used (``record_stream``), which only *reserved* sees.
 """
 
 from __future__ import annotations
