@@ -7,6 +7,7 @@ the tracker.
 
 from __future__ import annotations
 
+import inspect
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -46,13 +47,15 @@ def cpu_census(tracker: StorageTracker) -> Census:
 
 def cuda_census(index: int) -> Census:
     """The blocks of device ``index`` in use. Takes milliseconds; waits for nothing on the device."""
-    return census_of_segments(torch.cuda.memory_snapshot(), index)
+    # From some version on the allocator's history (recorded under measure=snapshot) can be left out.
+    newer = "include_traces" in inspect.signature(torch.cuda.memory_snapshot).parameters
+    return census_of_segments(torch.cuda.memory_snapshot(**({"include_traces": False} if newer else {})), index)
 
 
 def census_of_segments(segments: list[dict[str, Any]], index: int) -> Census:
     """Census of an allocator snapshot's segments.
 
-    A block that was freed while another stream may still use it (``active_pending_free``) counts as
+    A block that was freed while another stream may still use it (``active_awaiting_free``) counts as
     active, no longer as allocated, and is left out.
     """
     allocations: dict[int, Allocation] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +42,6 @@ def configure(*overrides: str) -> RunConfig:
     return load([*base, *small_buckets, *overrides])
 
 
-def bucket_sizes(engine: Any) -> Callable[[], Iterator[tuple[MemoryCategory, int]]]:
-    """DDP's buckets, which live in C++; nothing under other strategies."""
-
-    def sizes() -> Iterator[tuple[MemoryCategory, int]]:
-        if hasattr(getattr(engine, "model", None), "_get_ddp_logging_data"):
-            data = engine.model._get_ddp_logging_data()
-            for size in (data.get("rebuilt_bucket_sizes") or data["bucket_sizes"]).split(","):
-                yield MemoryCategory.COMM_BUFFERS, int(size)
-
-    return sizes
-
-
 def run(cfg: RunConfig, rank: int) -> Any:
     """The configured run's measurements from both ranks, as JSON, on rank 0."""
     from lab.build import build
@@ -67,7 +55,7 @@ def run(cfg: RunConfig, rank: int) -> Any:
         yield from engine.live_tensors()
         yield MemoryCategory.TEMPORARIES, tokens
 
-    meter.set_live_tensors(live_tensors, bucket_sizes(engine))
+    meter.set_live_tensors(live_tensors, engine.unseen_allocations)
     meter.build_done()
     for index in range(cfg.train.steps):
         with meter.step(index):

@@ -198,7 +198,7 @@ def block(size: int, requested: int, state: str = "active_allocated") -> dict[st
 def test_census_of_an_allocator_snapshot() -> None:
     segments = [
         {"device": 0, "address": 4096, "blocks": [block(512, 4), block(1024, 0, "inactive"), block(2048, 2000)]},
-        {"device": 0, "address": 1 << 20, "blocks": [block(512, 512, "active_pending_free"), block(512, 500)]},
+        {"device": 0, "address": 1 << 20, "blocks": [block(512, 512, "active_awaiting_free"), block(512, 500)]},
         {"device": 1, "address": 1 << 30, "blocks": [block(512, 512)]},
     ]
     census = census_of_segments(segments, 0)
