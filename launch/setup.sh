@@ -35,11 +35,14 @@ sys.exit(sys.argv[1] == "gpu" and not torch.cuda.is_available())
 PYTHON
 }
 
-install() {
-  local python pip_install
-  python="$(find_python)"
-  echo "installing into .venv (a minute or two) ..."
+# Makes .venv unless it is there and works.
+make_venv() {
+  local python
+  if "$LAB_PYTHON" -c 'import pip' 2>/dev/null; then
+    return
+  fi
   rm -rf .venv
+  python="$(find_python)"
   # A container image may bring its own torch: use that one instead of downloading another.
   if has_torch "$python"; then
     "$python" -m venv --system-site-packages .venv
@@ -50,6 +53,12 @@ install() {
     rm -rf .venv
     return 1
   fi
+}
+
+install() {
+  local pip_install
+  echo "installing into .venv (a minute or two) ..."
+  make_venv
   pip_install=("$LAB_PYTHON" -m pip install --quiet --quiet --disable-pip-version-check --no-input)
   # Without a GPU pin torch first: a looser request may bring gigabytes of CUDA libraries.
   if ! has_gpu && ! has_torch "$LAB_PYTHON"; then

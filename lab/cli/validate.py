@@ -161,8 +161,10 @@ def _as_text(points: int, errors: Sequence[PointError], beyond: Sequence[PointEr
     for level, group in _by_level(errors).items():
         for strategy, part in {"all": group, **_by_strategy(group)}.items():
             rows.append([level, strategy, str(len(part)), *(f"{v:.2f}" for v in _statistics(part).values())])
-    worst = [[f"{e.percent:+.2f}", e.label, e.source] for e in _worst(errors)]
+    worst = [
+        [f"{e.percent:+.2f}", f"{e.predicted_bytes - e.measured_bytes:+,}", e.label, e.source] for e in _worst(errors)
+    ]
     lines = [f"{points} runs; absolute error of today's formulas, steady state, worst rank:", text_table(headers, rows)]
-    lines += ["", "largest errors of allocated:", text_table(["error %", "run", "record"], worst)]
+    lines += ["", "largest errors of allocated:", text_table(["error %", "bytes", "run", "record"], worst)]
     lines += [f"beyond tolerance: {e.level} {e.percent:+.2f} % {e.label} {e.source}" for e in beyond]
     return "\n".join(lines)
