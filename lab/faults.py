@@ -52,6 +52,29 @@ def requested_bytes(message: str) -> int | None:
     return None
 
 
+def words(state: RunState, kind: str) -> list[dict[str, Any]]:
+    """What ranks left in the run folder under ``kind``, first come first."""
+    return state.folder.read_words(kind) if state.folder is not None else []
+
+
+def verdict(state: RunState, own_error: str, interrupted: bool = False) -> tuple[RunStatus, str, dict[str, Any] | None]:
+    """What the whole run died of: the first out of memory, else the first failure, else the signal."""
+    # Looked at before the files are read: whoever is gone by now has left its word, if it could.
+    dead = [rank for rank, pid in state.peers.items() if not _alive(pid)]
+    if found := words(state, "oom"):
+        return RunStatus.OOM, f"rank {found[0]['rank']}: {found[0]['error']}", found[0]
+    # An error of this rank may only be the loss of a peer; the peer's own comes first then.
+    failed, told = words(state, "failed"), words(state, "interrupted")
+    if failed and failed[0]["rank"] != state.rank:
+        return RunStatus.FAILED, f"rank {failed[0]['rank']}: {failed[0]['error']}", None
+    spoken = {entry["rank"] for entry in (*failed, *told)}
+    if killed := [rank for rank in dead if rank not in spoken]:
+        return RunStatus.FAILED, f"rank {killed[0]} died without a word (killed?); rank {state.rank}: {own_error}", None
+    if interrupted or any(entry["rank"] != state.rank for entry in told):
+        return RunStatus.INTERRUPTED, own_error, None
+    return RunStatus.FAILED, f"rank {state.rank}: {own_error}", None
+
+
 class FaultHandler:
     """One per process, made on the main thread before anything long runs."""
 
@@ -105,7 +128,7 @@ class FaultHandler:
                 name = signal.Signals(number).name
                 self._leave("interrupted", {"error": name})
                 self._end(f"interrupted by {name}", 128 + number, interrupted=True)
-            elif self._left("oom") or self._left("failed"):
+            elif words(self.state, "oom") or words(self.state, "failed"):
                 seen_since += POLL_S
                 if seen_since >= PEER_GRACE_S:
                     self._ending.acquire()
@@ -114,7 +137,7 @@ class FaultHandler:
     def _end(self, own_error: str, code: int, interrupted: bool = False) -> NoReturn:
         try:
             if self.state.rank == 0 and self.state.folder is not None:
-                status, error, oom = self._verdict(own_error, interrupted)
+                status, error, oom = verdict(self.state, own_error, interrupted)
                 record = self.state.record(status, self.state.known_ranks(), error, oom)
                 self.state.finish(record, limited=True)
                 print(f"{status.value}: {error}\nrecord: {self.state.folder.record_path}", file=sys.stderr)
@@ -124,32 +147,11 @@ class FaultHandler:
         sys.stderr.flush()
         os._exit(code)  # collectives may hang in every destructor
 
-    def _verdict(self, own_error: str, interrupted: bool) -> tuple[RunStatus, str, dict[str, Any] | None]:
-        """What the whole run died of: the first out of memory, else the first failure, else the signal."""
-        # Looked at before the files are read: whoever is gone by now has left its word, if it could.
-        dead = [rank for rank, pid in self.state.peers.items() if not _alive(pid)]
-        if found := self._left("oom"):
-            return RunStatus.OOM, f"rank {found[0]['rank']}: {found[0]['error']}", found[0]
-        # An error of this rank may only be the loss of a peer; the peer's own comes first then.
-        failed, told = self._left("failed"), self._left("interrupted")
-        if failed and failed[0]["rank"] != self.state.rank:
-            return RunStatus.FAILED, f"rank {failed[0]['rank']}: {failed[0]['error']}", None
-        spoken = {entry["rank"] for entry in (*failed, *told)}
-        if killed := [rank for rank in dead if rank not in spoken]:
-            return RunStatus.FAILED, f"rank {killed[0]} died without a word (killed?); rank 0: {own_error}", None
-        if interrupted or any(entry["rank"] != self.state.rank for entry in told):
-            return RunStatus.INTERRUPTED, own_error, None
-        return RunStatus.FAILED, f"rank {self.state.rank}: {own_error}", None
-
     def _leave(self, kind: str, content: dict[str, Any]) -> None:
         """Say what happened here, in a file that rank 0 finds."""
         if self.state.folder is not None:
             rank = self.state.rank
             write_json_atomic(self.state.folder.path / f"{kind}_rank_{rank}.json", {"rank": rank, **content})
-
-    def _left(self, kind: str) -> list[dict[str, Any]]:
-        """What ranks left under ``kind``, first come first."""
-        return self.state.folder.read_words(kind) if self.state.folder is not None else []
 
     def _oom_moment(self, error: BaseException) -> dict[str, Any]:
         """Phase, step and bytes. The counters are read after the stack was unwound to here: what the dying

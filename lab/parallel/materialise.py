@@ -60,7 +60,8 @@ def initial_value(slot: Slot, seed: int, num_layers: int, device: torch.device) 
     deviation = STANDARD_DEVIATION
     if any(part in RESIDUAL_PROJECTIONS for part in slot.name.split(".")):
         deviation /= math.sqrt(2 * num_layers)
-    generator = torch.Generator(device).manual_seed(((seed & 0x7FFFFFFF) << 32) | zlib.crc32(slot.name.encode()))
+    # 32 bits: the CPU's generator drops the upper half of a seed.
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {slot.name}".encode()))
     return torch.empty(shape, device=device).normal_(0.0, deviation, generator=generator)
 
 
