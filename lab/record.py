@@ -217,7 +217,7 @@ def from_json(cls: Any, tree: Any) -> Any:
         return {(args[0](k) if issubclass(args[0], Enum) else k): from_json(args[1], v) for k, v in tree.items()}
     if cls is MemoryBreakdown:
         return MemoryBreakdown.of(tree)
-    if dataclasses.is_dataclass(cls):
+    if isinstance(cls, type) and dataclasses.is_dataclass(cls):
         hints = typing.get_type_hints(cls)
         return cls(
             **{f.name: from_json(hints[f.name], tree[f.name]) for f in dataclasses.fields(cls) if f.name in tree}
