@@ -35,8 +35,11 @@ def find_place(cfg: RunConfig) -> Place:
         return Place(rank, local_rank, torch.device("cpu"))
     if not torch.cuda.is_available():
         raise ConfigError("hardware", cfg.hardware.name, "PyTorch sees no GPU here; hardware=cpu runs without one")
-    if local_rank >= torch.cuda.device_count():
-        raise ConfigError("world_size", cfg.world_size, f"one GPU per rank: this node has {torch.cuda.device_count()}")
+    # The same answer on every rank of the node: rank 0 must be among those that refuse, and say why.
+    if (local_ranks := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > torch.cuda.device_count():
+        raise ConfigError(
+            "world_size", cfg.world_size, f"{local_ranks} ranks on a node that has {torch.cuda.device_count()} GPUs"
+        )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return Place(rank, local_rank, device)
