@@ -95,7 +95,7 @@ def fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, backend:
         del sums, accumulator, both
         return [gq, gk, gv]
 
-    node = Node(tape, [q, k, v], backward, [q, k, v])
+    node = Node(tape, [q, k, v], backward, [k, q, v])  # declared by name: key, query, value
     out = ops.kept_or(a.q_numel, size, "attention output")
     lse_rows = a.b * a.n * (_round_up(a.s, 32) if backend is AttentionBackend.MEM_EFFICIENT else a.s)
     lse = ops.kept_or(lse_rows, FP32, "log-sum-exp")
@@ -131,7 +131,7 @@ def _matmul(ops: Ops, x: Tensor, y: Tensor, numel: int, label: str, grad_copy: i
         gx = tape.new(nx, size, label + " gradient")
         return [gx, gy]
 
-    node = Node(tape, [x, y], backward, [x, y])
+    node = Node(tape, [x, y], backward, [y, x])  # declared by name: mat2, self
     out = ops.kept_or(numel, size, label)
     out.node = node
     return out

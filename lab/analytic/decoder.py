@@ -145,7 +145,10 @@ class Decoder:
             x = hooks.leave(f"blocks.{i}", y)
             del y
             x = hooks.post_forward(i, x)
-        loss = self._loss(self._norm(x, "norm"))
+        if cfg.loss.kind == "cross_entropy":
+            loss = self._head_loss(self._norm(x, "norm"), self.rows)
+        else:
+            loss = self._chunked_loss(self._norm(x, "norm"))
         del x  # forward's local variable: alive until the loss is there
         return hooks.post_forward(-1, hooks.leave("", loss))
 
@@ -158,11 +161,6 @@ class Decoder:
         if not keep_logits:
             del logits
         return self.ops.cross_entropy(wide, rows)
-
-    def _loss(self, x: Tensor) -> Tensor:
-        if self.cfg.loss.kind == "cross_entropy":
-            return self._head_loss(x, self.rows)
-        return self._chunked_loss(x)
 
     def _chunked_loss(self, x: Tensor) -> Tensor:
         """lab.model.loss: chunks of ceil(rows / num_chunks) tokens, each checkpointed, their losses summed."""

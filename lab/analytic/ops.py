@@ -228,7 +228,8 @@ class Ops:
             return [viewed(gx), gw, gb]
 
         bias_size = 0 if bias is None else bias.itemsize
-        node = Node(tape, [x, turned, bias], backward, [x, turned])
+        # Saved in declared order: addmm's mat1, mat2; mm's mat2, self.
+        node = Node(tape, [x, turned, bias], backward, [x, turned] if bias_size else [turned, x])
         del turned, weight, bias
         y = self.kept_or(rows * out_features, size, label, category)
         self.matmul_workspace("forward", lt=bool(bias_size))
@@ -315,7 +316,7 @@ class Ops:
         def backward(grads: Grads) -> Grads:
             return [tape.new(numel, size, label + " gradient"), tape.new(numel, size, label + " gradient")]
 
-        node = Node(tape, [x, y], backward, [x, y])
+        node = Node(tape, [x, y], backward, [y, x])  # declared by name: other, self
         out = self.new(numel, size, label)
         out.node = node
         return out

@@ -223,7 +223,10 @@ class Tape:
             outputs = run(grads)
             del grads, run
             if not isinstance(node, Accumulator):
-                node.saved, node.backward, node.unpack = [], None, None
+                kept, node.saved = node.saved, []
+                while kept:  # release_variables() resets them in the order in which they are declared
+                    kept.pop(0)
+                node.backward = node.unpack = None
             edges = node.edges
             del node
             outputs.reverse()

@@ -9,6 +9,8 @@ from lab.analytic.tape import Tensor
 from lab.units import MIB
 from lab.vocab import MemoryCategory
 
+BROADCAST_BYTES = 250 * MIB  # distributed.py, broadcast_bucket_size
+
 
 class Single(Rule):
     """One process. Parameters, gradients and optimizer state in full."""
@@ -20,45 +22,65 @@ class DDP(Rule):
     Gradients are copied into flat buckets, which live as long as the model: a second copy of all gradients.
     With ``gradient_as_bucket_view`` each gradient, once made, is moved into its bucket and becomes a view of it.
     The first backward has one bucket for everything (distributed.py, _ddp_init_helper); at the next forward the
-    buckets are made anew in the order in which gradients arrived: 1 MiB, then ``bucket_cap_mb``.
+    buckets are made anew in the order in which gradients arrived, ``bucket_cap_mb`` each (the first would be
+    1 MiB only if DDP were left to its default cap; the lab passes it).
 
-    Left out: NCCL's watchdog (100 ms) decides when the first bucket is really freed, because the all-reduce's
-    Work holds it (ProcessGroupNCCL, stashed_for_allocator_safety_); very fast first steps keep it longer.
+    On NCCL the first backward's bucket outlives them: its all-reduce's Work holds it until the watchdog (every
+    100 ms) has seen it done, and the main thread lets go at its next collective (ProcessGroupNCCL.cpp,
+    stashed_for_allocator_safety_). Here that is the first all-reduce of the second step; what very fast steps do
+    (keep it for another step or two) is left out.
     """
 
     def build(self) -> None:
         super().build()
+        self._broadcast()
         self.buckets = self._buckets(self.specs, [sum(s.numel for s in self.specs) * self.parameter_itemsize])
         self.arrived: list[ParameterSpec] = []
         self.rebuilt = False
+        self.first_bucket: list[Tensor] = []
+        self.reduced = 0  # elements of gradients that came since the buckets were made anew
+
+    def _broadcast(self) -> None:
+        """_sync_module_states: flat copies of up to 250 MiB (and the parameter that fills one), two at a time."""
+        flying: list[Tensor] = []
+        for numel in self._assign(self.specs, [BROADCAST_BYTES]):
+            if len(flying) == 2:
+                flying.pop(0)
+            flying.append(self.tape.new(numel, self.parameter_itemsize, "DDP broadcast", MemoryCategory.COMM_BUFFERS))
+        while flying:
+            flying.pop(0)
 
     def _buckets(self, order: list[ParameterSpec], caps: list[int]) -> list[Tensor]:
-        """Sizes as compute_bucket_assignment_by_size: a bucket closes when it reaches its cap, in bytes."""
         category = (
             MemoryCategory.GRADIENTS if self.cfg.parallel.ddp.gradient_as_bucket_view else MemoryCategory.COMM_BUFFERS
         )
-        size = self.parameter_itemsize
+        return [self.tape.new(n, self.parameter_itemsize, "DDP bucket", category) for n in self._assign(order, caps)]
+
+    def _assign(self, order: list[ParameterSpec], caps: list[int]) -> list[int]:
+        """compute_bucket_assignment_by_size: a bucket closes when it reaches its cap, in bytes. Elements per bucket."""
         sizes, filled = [], 0
         for spec in order:
             filled += spec.numel
-            if filled * size >= caps[0]:
+            if filled * self.parameter_itemsize >= caps[0]:
                 sizes.append(filled)
                 filled = 0
                 caps = caps[1:] or caps
-        if filled:
-            sizes.append(filled)
-        return [self.tape.new(n, size, "DDP bucket", category) for n in sizes]
+        return [*sizes, filled] if filled else sizes
 
     def grad_ready(self, spec: ParameterSpec, parameter: Parameter) -> None:
         if not self.rebuilt and self.last_micro_step:
             self.arrived.append(spec)
+        elif self.first_bucket and self.last_micro_step:
+            self.reduced += spec.numel
+            if self.reduced >= self.buckets[0].numel:
+                self.first_bucket.clear()
         if self.cfg.parallel.ddp.gradient_as_bucket_view and self.last_micro_step:
             parameter.accumulator.grad = None
 
     def start_step(self) -> None:
-        # Reducer::rebuild_buckets runs at the second forward: new buckets are made, then the old dropped.
+        # Reducer::rebuild_buckets runs at the second forward.
         if self.arrived and not self.rebuilt:
-            self.rebuilt = True
-            old = self.buckets
-            self.buckets = self._buckets(self.arrived, [MIB, int(self.cfg.parallel.ddp.bucket_cap_mb * MIB)])
-            del old
+            self.rebuilt, self.reduced = True, 0
+            self.first_bucket = self.buckets if self.tape.trace.on_device_kernels else []
+            self.buckets = []
+            self.buckets = self._buckets(self.arrived, [int(self.cfg.parallel.ddp.bucket_cap_mb * MIB)])
