@@ -186,6 +186,10 @@ def _stage3_tensors(model: nn.Module, optimizer: Any) -> Iterator[LiveTensor]:
         list(_gradients(parameters)),
         [master.grad for master in masters],
     )
+    # Flat buffers of all-gathers in flight; parameters hold the handle until they are used.
+    inflight = getattr(model, "ds_inflight_param_registry", {})
+    handles = [part for handle in inflight.values() for part in getattr(handle, "handles", [handle])]
+    yield from _as(MemoryCategory.COMM_BUFFERS, [getattr(handle, "partitions", None) for handle in handles])
     # Whole parameters that are gathered now: small ones always (param_persistence_threshold), the others
-    # while max_live_parameters lets them stay.
+    # while they are used again within max_reuse_distance.
     yield from _as(MemoryCategory.GATHERED_PARAMETERS, [p.data for p in parameters])

@@ -1,4 +1,4 @@
-"""ZeRO stages 1 and 2 for real, two gloo ranks: the prediction equals the measurement to the byte, on every rank."""
+"""ZeRO for real, two gloo ranks: the prediction equals the measurement to the byte, on every rank."""
 
 from __future__ import annotations
 
@@ -32,6 +32,12 @@ STATES = (
         # 30000 elements: several reductions in one backward, and embedding and head too large for the bucket
         ["parallel=zero1", "precision=bf16_mixed", "train.max_grad_norm=1.0"],
         ["parallel=zero2", "precision=bf16_pure", "train.gradient_accumulation_steps=2"],
+        # prefetches of two projections, modules fetched again in recomputation and in backward
+        [
+            *("parallel=zero3", "precision=bf16_mixed", "checkpointing=full", "train.gradient_accumulation_steps=2"),
+            *("parallel.zero.stage3_prefetch_bucket_size=30000", "parallel.zero.stage3_max_reuse_distance=20000"),
+            "parallel.zero.stage3_param_persistence_threshold=200",
+        ],
     ],
 )
 def test_prediction_is_the_measurement(options: list[str], tmp_path: Path) -> None:
