@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lab.cli.arguments import Parser
 from lab.cli.points import Point, identity, invalid_identity, study_points
 from lab.cli.process import Launch, clean_environment, threads, torchrun_command
 from lab.compare import comparison_row
-from lab.config import ConfigError, RunConfig, run_config_from_json
+from lab.config import ConfigError, RunConfig, compose_config, run_config_from_json
 from lab.config.device import visible_gpu_names
 from lab.record import RunRecord
 from lab.report.table import run_table
@@ -187,7 +187,7 @@ class Sweep:
             started_at=_now(),
             finished_at=_now(),
             command=["lab", "sweep", *point.overrides],
-            config={"overrides": list(point.overrides)},
+            config=_invalid_config(point),
             environment=environment(),
             error=point.reason,
         )
@@ -239,6 +239,19 @@ def _recorded(paths: Sequence[Path]) -> dict[str, tuple[str, RunRecord]]:
                 continue
         out[key] = (path, record)
     return out
+
+
+def _invalid_config(point: Point) -> dict[str, Any]:
+    """What a table shows of a point that breaks a rule: its overrides, and what it would have been if that composes."""
+    config: dict[str, Any] = {"overrides": list(point.overrides)}
+    try:
+        tree = compose_config(point.overrides)
+    except ConfigError:
+        return config
+    config["world_size"] = tree["world_size"]
+    for group, setting in (("parallel", "strategy"), ("checkpointing", "kind"), ("precision", "kind")):
+        config[group] = {setting: tree[group][setting]}
+    return config
 
 
 def _on_gpu(cfg: RunConfig) -> bool:

@@ -128,6 +128,7 @@ def test_invalid_points_are_recorded_once_and_do_not_stop_the_rest(tmp_path: Pat
         assert invalid.status is RunStatus.INVALID
         assert invalid.error == "world_size=2: parallel=single is one process; use parallel=ddp or start one process"
         assert "parallel=single" in invalid.config["overrides"]
+        assert invalid.config["parallel"] == {"strategy": "single"}  # for the table
         assert [r.status for r in found[fake_point.OK]] == [RunStatus.OK]
 
 
