@@ -58,6 +58,8 @@ def rmsnorm_composite(ops: Ops, x: Tensor, w: Parameter, rows: int, label: str) 
         return [gx, gw]
 
     node = Node(tape, [normal, leaf], scale_backward, [normal])
+    ops.keep_parameter(node, w)
+    del leaf
     out = tape.new(numel, FP32, label)
     out.node = node
     del normal, node

@@ -271,8 +271,8 @@ class Ops:
         return y
 
     def keep_parameter(self, node: Node, p: Parameter) -> None:
-        """Save a leaf: autograd keeps the parameter, whose storage ZeRO swaps; checkpointing's hook a view of it."""
-        if self.tape.pack is not None:
+        """Save a leaf under ZeRO-3, which swaps storages: autograd keeps the parameter, checkpointing a view of it."""
+        if self.linear_keeps_parameter and self.tape.pack is not None:
             self.tape.save(node, p.tensor)
 
     # -- norms, activations --------------------------------------------------------------------
@@ -296,6 +296,10 @@ class Ops:
 
         num_leaves = len(leaves)
         node = Node(tape, [x, *leaves], backward, [x])
+        for p in (w, b):
+            if p is not None:
+                self.keep_parameter(node, p)
+        del leaves
         y = self.new(numel, size, label)
         statistic_size = FP32 if tape.trace.on_device_kernels else size
         for statistic in ("mean", "rstd") if kind == "layernorm" else ("rstd",):

@@ -46,3 +46,16 @@ def column_sum_workspace_bytes(rows: int, columns: int, itemsize: int, num_sms: 
     if blocks <= 1:
         return 0
     return 4 * columns * blocks * width * vector + 4 * grid
+
+
+def norm_workspace_bytes(numel: int, num_sms: int) -> int:
+    """Bytes that the 2-norm of ``numel`` contiguous fp64 elements takes while it runs: a partial sum per thread block.
+
+    Source: Reduce.cuh as above, one output, 512 threads along the row. Its semaphore, 4 B, is an allocation of its own.
+    """
+    per_thread = _div_up(numel, MAX_THREADS)
+    if per_thread < MAX_VALUES:
+        return 0
+    target = num_sms * (THREADS_PER_SM // MAX_THREADS)
+    blocks = max(min(target, _div_up(per_thread, MIN_VALUES)), _div_up(per_thread, MAX_VALUES))
+    return 8 * blocks if blocks > 1 else 0

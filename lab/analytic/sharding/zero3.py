@@ -30,8 +30,9 @@ where the host runs far ahead of the GPU.
 from __future__ import annotations
 
 from lab.analytic.architecture import ParameterSpec
-from lab.analytic.ops import Parameter
+from lab.analytic.ops import Ops, Parameter
 from lab.analytic.optimizers import Optimizer
+from lab.analytic.reduce import norm_workspace_bytes
 from lab.analytic.sharding.base import Rule
 from lab.analytic.sharding.zero3_fetch import Coordinator
 from lab.analytic.sharding.zero3_gather import Gatherer, Sharded
@@ -234,6 +235,11 @@ class Zero3(Rule):
             for p in group:
                 wide = self.tape.new(p.shard_numel, FP64, "gradient shard, fp64")
                 norms.append(self.tape.new(1, FP64, "gradient norm"))
+                partial = norm_workspace_bytes(p.shard_numel, Ops.num_streaming_multiprocessors)
+                if partial and self.tape.trace.on_device_kernels:
+                    sums = self.tape.new(partial, 1, "norm, partial sums")
+                    self.tape.new(1, FP32, "norm, semaphore")
+                    del sums
                 del wide
             norms.clear()
             groups.append(self.tape.new(1, FP64, "sub-group norm"))
