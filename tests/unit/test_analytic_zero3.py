@@ -11,12 +11,13 @@ from lab.analytic.allocator import simulate
 from lab.analytic.architecture import ParameterSpec, num_parameters
 from lab.analytic.decoder import Decoder
 from lab.analytic.ops import Parameter
+from lab.analytic.reduce import norm_workspace_bytes
 from lab.analytic.sharding.zero3 import Zero3
 from lab.analytic.sharding.zero3_fetch import Coordinator
 from lab.analytic.sharding.zero3_gather import AVAILABLE, Gatherer, Sharded
 from lab.analytic.sharding.zero3_reduce import Reducer
 from lab.analytic.step import Replay
-from lab.analytic.tape import ALLOC, BF16, INT64, Accumulator, Tape, Tensor, Trace
+from lab.analytic.tape import ALLOC, BF16, FREE, INT64, Accumulator, Tape, Tensor, Trace
 from lab.analytic.timeline import phases, spans_of, totals
 from lab.config import RunConfig, ZeroOptions, load
 from lab.vocab import MemoryCategory, StepPhase
@@ -260,6 +261,32 @@ def test_all_reduce_copies_the_bucket_and_pads_short_ranks() -> None:
     for rank, padded in ((0, []), (3, [("padded gradient shard", 3), ("padded gradient shard", 3)])):
         got = reductions([10, 9, 8], world=4, rank=rank, reduce_scatter=False)
         assert got[1:] == [("averaged bucket", 27), *padded]
+
+
+def test_partial_sums_of_a_norm() -> None:
+    """An H200 takes 0, 512, 512, 1024 and 4608 B for norms of so many fp64 elements, and 512 B for a semaphore."""
+    got = [norm_workspace_bytes(n, 132) for n in (256, 131072, 360448, 1024000, 19_316_736)]
+    assert got == [0, 8 * 16, 8 * 44, 8 * 125, 8 * 4 * 132]
+
+
+def test_weights_stay_for_a_recomputed_block() -> None:
+    """The first pass frees each weight after its module's recomputation, but checkpointing's saved view keeps it: when
+    the block's last linear has been recomputed, all of the block's weights are alive, padded to multiples of 5.
+    """
+    cfg = load([*ON_CPU, "checkpointing=full"])
+    replay = Replay(cfg)
+    replay.build()
+    replay.step()
+    events = replay.trace.events
+    product = next(i for i, e in enumerate(events) if e[4] == "mlp down input gradient")
+    gathered: dict[int, int] = {}
+    for kind, ident, nbytes, _, label, _ in events[:product]:
+        if kind == ALLOC and label.startswith("gathered blocks"):
+            gathered[ident] = nbytes
+        elif kind == FREE:
+            gathered.pop(ident, None)
+    padded = 3 * 195 + 4 * 65 + 2 * 10
+    assert sum(gathered.values()) == BF16 * padded
 
 
 # -- real runs -------------------------------------------------------------------------------------

@@ -23,28 +23,23 @@ flat gradient and its cast   e * S_i, and m * S_i where m != e                  
 ``round_robin_gradients`` size nothing in stage 3.
 
 Left out: fp16 steps skipped for an overflow (they make no optimizer state and gather no persistent parameter), and
-how long the allocator holds back blocks that another stream has used (``record_stream``): only *reserved* sees that,
-where the host runs far ahead of the GPU.
+how long the allocator holds back blocks that another stream has used (``record_stream``). That depends on how far the
+host runs ahead of the GPU, differs between the ranks of one run, and only *reserved* sees it.
 """
 
 from __future__ import annotations
 
 from lab.analytic.architecture import ParameterSpec
-from lab.analytic.ops import Ops, Parameter
-from lab.analytic.optimizers import Optimizer
-from lab.analytic.reduce import norm_workspace_bytes
-from lab.analytic.sharding.base import Rule
+from lab.analytic.ops import Parameter
+from lab.analytic.sharding.base import PARAMETERS, Rule
 from lab.analytic.sharding.zero3_fetch import Coordinator
 from lab.analytic.sharding.zero3_gather import Gatherer, Sharded
-from lab.analytic.sharding.zero3_reduce import Reducer
-from lab.analytic.tape import BOOL, FP32, Grads, Node, Tape, Tensor
+from lab.analytic.sharding.zero3_states import ShardedStates
+from lab.analytic.tape import FP32, Grads, Node, Tape, Tensor
 from lab.config import RunConfig
-from lab.vocab import MemoryCategory, Precision
+from lab.vocab import Precision
 
-FP64 = 8  # bytes; zero/utils.py, get_norm_dtype
 ALL_GATHER_STREAM = 1  # DeepSpeedZeRoOffload.__allgather_stream, with overlap_comm
-PARAMETERS, MASTER = MemoryCategory.PARAMETERS, MemoryCategory.MASTER_WEIGHTS
-GRADIENTS = MemoryCategory.GRADIENTS
 
 
 class Zero3(Rule):
@@ -59,7 +54,6 @@ class Zero3(Rule):
         self.sharded: dict[str, Sharded] = {}
         self.gatherer = Gatherer(tape, self.world, 0 if self.options.overlap_comm is False else ALL_GATHER_STREAM)
         self.grads_remaining: dict[str, int] = {}
-        self.global_norm: Tensor | None = None  # _global_grad_norm, of the optimizer and of the engine
 
     def ranks(self) -> list[int]:
         """All ranks hold the same, padding included; reductions without reduce-scatter take most on the last one."""
@@ -85,16 +79,18 @@ class Zero3(Rule):
         shards: list[Tensor] = []
         for unit in self.units():
             shards += self._partition_unit(unit)
-        self._flatten(shards)
+        ordered = [self.sharded[spec.name] for spec in self.specs]
+        sizes = self.parameter_itemsize, self.master_itemsize
+        self.states = ShardedStates(self.cfg, self.tape, self.rank, ordered, sizes, shards)
         members: dict[str, list[Sharded]] = {}
         for name, sharded in self.sharded.items():
             members.setdefault(name.rpartition(".")[0], []).append(sharded)
         if self.cfg.model.tied_head:
             members["head"] = members["embedding"]
         self.coordinator = Coordinator(self.gatherer, self.options, members)
-        for spec in self.specs:  # create_reduce_and_remove_grad_hooks gathers each for a moment
-            self.gatherer.all_gather([self.sharded[spec.name]])
-            self.gatherer.partition(self.sharded[spec.name])
+        for p in ordered:  # create_reduce_and_remove_grad_hooks gathers each for a moment
+            self.gatherer.all_gather([p])
+            self.gatherer.partition(p)
 
     def units(self) -> list[list[ParameterSpec]]:
         """What exists whole at the same time: the lab partitions block by block, then the rest (parallel/zero.py)."""
@@ -117,43 +113,6 @@ class Zero3(Rule):
             persist = spec.numel <= self.options.stage3_param_persistence_threshold
             self.sharded[spec.name] = Sharded(parameter, len(self.sharded), shard_numel, persist)
         return shards
-
-    def _flatten(self, shards: list[Tensor]) -> None:
-        """DeepSpeedZeroOptimizer_Stage3.__init__; defragment goes through the host and empties ``shards`` first."""
-        new, size, master, trace = self.tape.new, self.parameter_itemsize, self.master_itemsize, self.tape.trace
-        self.tracker = new(1, BOOL, "inf_or_nan_tracker")
-        if trace.on_device_kernels:  # torch 2.11: ProcessGroup.hpp, barrier keeps its tensor in a static variable
-            self.barrier = new(1, BOOL, "tensor of the barrier")
-        total = sum(s.shard_numel for s in self.sharded.values())
-        if trace.on_device_kernels:
-            shards.clear()
-            trace.empty_cache()
-        self.flat = new(total, size, "lp_param_buffer", PARAMETERS)
-        shards.clear()
-        self.sub_groups = self._make_sub_groups()
-        self.optimizers = [Optimizer(self.tape, self.cfg.optimizer) for _ in self.sub_groups]
-        self.masters: list[Tensor] = []
-        converted: Tensor | None = None  # one sub-group's lives until the next one's is there
-        for group in self.sub_groups:
-            numel = sum(p.shard_numel for p in group)
-            if master != size:
-                converted = new(numel, master, "converted shards", MASTER)
-            self.masters.append(new(numel, master, "fp32_partitioned_groups_flat", MASTER))
-        del converted
-        largest = max(sum(p.shard_numel for p in group) for group in self.sub_groups)
-        new(largest, master, "gradient of initialize_optimizer_states", GRADIENTS)
-        self.reducer = Reducer(self.tape, self.options, self.world, self.rank, size)
-        self.grad_partitions = new(total, size, "grad_partitions_flat_buffer", GRADIENTS)
-
-    def _make_sub_groups(self) -> list[list[Sharded]]:
-        """_create_fp16_sub_groups: a group closes once it holds ``sub_group_size`` elements."""
-        params = [self.sharded[s.name] for s in self.specs]
-        groups: list[list[Sharded]] = [[]]
-        for p in params:
-            if sum(q.shard_numel for q in groups[-1]) >= self.options.sub_group_size:
-                groups.append([])
-            groups[-1].append(p)
-        return groups
 
     # -- hooks -----------------------------------------------------------------------------------
 
@@ -186,61 +145,17 @@ class Zero3(Rule):
         return y.view(node=Node(self.tape, [y], backward))
 
     def grad_ready(self, spec: ParameterSpec, parameter: Parameter) -> None:
-        self.reducer.add(self.sharded[spec.name])
+        self.states.reducer.add(self.sharded[spec.name])
 
     def finish_backward(self) -> None:
         """engine._backward_epilogue, after every micro-step."""
-        self.reducer.reduce()
+        self.states.reducer.reduce()
         self.coordinator.release_backward_leftovers()
 
-    # -- optimizer step --------------------------------------------------------------------------
-
     def optimizer_step(self) -> None:
-        """DeepSpeedZeroOptimizer_Stage3.step: partition all, norm, one sub-group after the other, gather persistent."""
-        new, size, master = self.tape.new, self.parameter_itemsize, self.master_itemsize
+        """DeepSpeedZeroOptimizer_Stage3.step: partition everything, update, gather the persistent parameters."""
         self.coordinator.release_and_reset_all()
-        if self.cfg.precision.kind is Precision.FP16_MIXED:
-            self._check_overflow()
-        norms = self._norms()
-        norms.append(new(1, FP64, "total norm"))
-        unscaled = new(1, FP64, "global gradient norm")
-        for group, optimizer in zip(self.sub_groups, self.optimizers, strict=True):
-            numel = sum(p.shard_numel for p in group)
-            flat = new(numel, size, "flat gradient", GRADIENTS) if len(group) > 1 else None
-            grad = new(numel, master, "gradient in the masters' type", GRADIENTS) if master != size else flat
-            del flat
-            if self.cfg.train.max_grad_norm is not None:  # unscale_and_clip_grads
-                scalars = [new(1, FP64, "clip coefficient") for _ in range(4)]
-                del scalars
-            optimizer.step([(numel, master)])
-            del grad
+        scalars = self.states.step()
         self.gatherer.all_gather([self.sharded[s.name] for s in self.specs if self.sharded[s.name].persist])
-        self.global_norm = unscaled
-        norms.clear()
-
-    def _check_overflow(self) -> None:
-        """has_overflow: isinf (its absolute value, then a bool per element), then isnan over all gradient shards."""
-        numel = self.grad_partitions.numel
-        if self.tape.trace.on_device_kernels:
-            absolute = self.tape.new(numel, self.parameter_itemsize, "isinf, absolute value")
-            self.tape.new(numel, BOOL, "isinf")
-            del absolute
-        self.tape.new(numel, BOOL, "isnan")
-
-    def _norms(self) -> list[Tensor]:
-        """get_grad_norm_direct per sub-group, with or without clipping: a gradient shard in fp64 at a time."""
-        groups: list[Tensor] = []
-        for group in self.sub_groups:
-            norms: list[Tensor] = []
-            for p in group:
-                wide = self.tape.new(p.shard_numel, FP64, "gradient shard, fp64")
-                norms.append(self.tape.new(1, FP64, "gradient norm"))
-                partial = norm_workspace_bytes(p.shard_numel, Ops.num_streaming_multiprocessors)
-                if partial and self.tape.trace.on_device_kernels:
-                    sums = self.tape.new(partial, 1, "norm, partial sums")
-                    self.tape.new(1, FP32, "norm, semaphore")
-                    del sums
-                del wide
-            norms.clear()
-            groups.append(self.tape.new(1, FP64, "sub-group norm"))
-        return groups
+        self.states.global_norm = scalars.pop()
+        scalars.clear()

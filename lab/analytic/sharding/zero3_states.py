@@ -1,0 +1,121 @@
+"""ZeRO-3's shards: the flat buffers made at construction, and the optimizer's step over them.
+
+Source: DeepSpeed 0.19.8, runtime/zero/stage3.py (class and attribute names below are its own); sizes as in zero3.py.
+"""
+
+from __future__ import annotations
+
+from lab.analytic.ops import Ops
+from lab.analytic.optimizers import Optimizer
+from lab.analytic.reduce import norm_workspace_bytes
+from lab.analytic.sharding.zero3_gather import Sharded
+from lab.analytic.sharding.zero3_reduce import Reducer
+from lab.analytic.tape import BOOL, FP32, Tape, Tensor
+from lab.config import RunConfig
+from lab.vocab import MemoryCategory, Precision
+
+FP64 = 8  # bytes; zero/utils.py, get_norm_dtype
+PARAMETERS, MASTER = MemoryCategory.PARAMETERS, MemoryCategory.MASTER_WEIGHTS
+GRADIENTS = MemoryCategory.GRADIENTS
+
+
+def shard_elements(params: list[Sharded]) -> int:
+    """Elements of one rank's shards, padding included."""
+    return sum(p.shard_numel for p in params)
+
+
+def sub_groups(params: list[Sharded], size: int) -> list[list[Sharded]]:
+    """_create_fp16_sub_groups: a group closes once its shards hold ``size`` elements."""
+    groups: list[list[Sharded]] = [[]]
+    for p in params:
+        if shard_elements(groups[-1]) >= size:
+            groups.append([])
+        groups[-1].append(p)
+    return groups
+
+
+class ShardedStates:
+    """DeepSpeedZeroOptimizer_Stage3.__init__, which takes the place of ``shards`` and empties the list, and ``step``.
+
+    ``params`` are in the optimizer's order; ``sizes``: bytes per element of parameters and of masters.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        tape: Tape,
+        rank: int,
+        params: list[Sharded],
+        sizes: tuple[int, int],
+        shards: list[Tensor],
+    ) -> None:
+        self.cfg, self.tape, self.size, self.master_size = cfg, tape, *sizes
+        self.global_norm: Tensor | None = None  # _global_grad_norm, of the optimizer and of the engine
+        new, size, master, options = tape.new, self.size, self.master_size, cfg.parallel.zero
+        self.tracker = new(1, BOOL, "inf_or_nan_tracker")
+        if tape.trace.on_device_kernels:  # torch 2.11: ProcessGroup.hpp, barrier keeps its tensor in a static variable
+            self.barrier = new(1, BOOL, "tensor of the barrier")
+            shards.clear()  # defragment goes through the host
+            tape.trace.empty_cache()
+        self.flat = new(shard_elements(params), size, "lp_param_buffer", PARAMETERS)
+        shards.clear()
+        self.groups = sub_groups(params, options.sub_group_size)
+        self.optimizers = [Optimizer(tape, cfg.optimizer) for _ in self.groups]
+        self.masters: list[Tensor] = []
+        converted: Tensor | None = None  # one sub-group's lives until the next one's is there
+        for group in self.groups:
+            if master != size:
+                converted = new(shard_elements(group), master, "converted shards", MASTER)
+            self.masters.append(new(shard_elements(group), master, "fp32_partitioned_groups_flat", MASTER))
+        del converted
+        largest = max(shard_elements(group) for group in self.groups)
+        new(largest, master, "gradient of initialize_optimizer_states", GRADIENTS)
+        self.reducer = Reducer(tape, options, cfg.world_size, rank, size)
+        self.gradients = new(shard_elements(params), size, "grad_partitions_flat_buffer", GRADIENTS)
+
+    def step(self) -> list[Tensor]:
+        """Norm, then one sub-group after the other; the scalars that live until the step's end, the norm last."""
+        new, size, master = self.tape.new, self.size, self.master_size
+        if self.cfg.precision.kind is Precision.FP16_MIXED:
+            self._check_overflow()
+        scalars = self._norms()
+        scalars.append(new(1, FP64, "total norm"))
+        scalars.append(new(1, FP64, "global gradient norm"))
+        for group, optimizer in zip(self.groups, self.optimizers, strict=True):
+            numel = shard_elements(group)
+            flat = new(numel, size, "flat gradient", GRADIENTS) if len(group) > 1 else None
+            grad = new(numel, master, "gradient in the masters' type", GRADIENTS) if master != size else flat
+            del flat
+            if self.cfg.train.max_grad_norm is not None:  # unscale_and_clip_grads
+                clip = [new(1, FP64, "clip coefficient") for _ in range(4)]
+                del clip
+            optimizer.step([(numel, master)])
+            del grad
+        return scalars
+
+    def _check_overflow(self) -> None:
+        """has_overflow: isinf (its absolute value, then a bool per element), then isnan over all gradient shards."""
+        numel = self.gradients.numel
+        if self.tape.trace.on_device_kernels:
+            absolute = self.tape.new(numel, self.size, "isinf, absolute value")
+            self.tape.new(numel, BOOL, "isinf")
+            del absolute
+        self.tape.new(numel, BOOL, "isnan")
+
+    def _norms(self) -> list[Tensor]:
+        """get_grad_norm_direct per sub-group, with or without clipping: a gradient shard in fp64 at a time."""
+        groups: list[Tensor] = []
+        for group in self.groups:
+            norms: list[Tensor] = []
+            for p in group:
+                wide = self.tape.new(p.shard_numel, FP64, "gradient shard, fp64")
+                norms.append(self.tape.new(1, FP64, "gradient norm"))
+                partial = norm_workspace_bytes(p.shard_numel, Ops.num_streaming_multiprocessors)
+                if partial and self.tape.trace.on_device_kernels:
+                    sums = self.tape.new(partial, 1, "norm, partial sums")
+                    self.tape.new(1, FP32, "norm, semaphore")
+                    del sums
+                del wide
+            norms.clear()
+            groups.append(self.tape.new(1, FP64, "sub-group norm"))
+        return groups
