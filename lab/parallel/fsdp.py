@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +11,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lab.config import RunConfig
-from lab.optim import build_optimizer, learning_rate, scaled_step, set_learning_rate
 from lab.parallel.engine import LiveTensor, cached_tensors, optimizer_state_tensors
 from lab.parallel.materialise import initial_value, slots
-from lab.transforms.precision import compute_dtype, grad_scaler
+from lab.parallel.torch_step import TorchStep
+from lab.transforms.precision import compute_dtype
 from lab.vocab import MemoryCategory, Precision, Strategy
 
 
@@ -35,8 +34,12 @@ def mixed_precision_policy(cfg: RunConfig) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(param_dtype=compute_dtype(cfg), reduce_dtype=reduce_dtype)
 
 
-class FSDPEngine:
-    """Sharded fp32 (bf16_pure: bf16) parameters, gradients and states; whole parameters while a unit runs."""
+class FSDPEngine(TorchStep):
+    """Sharded fp32 (bf16_pure: bf16) parameters, gradients and states; whole parameters while a unit runs.
+
+    Every micro-step reduce-scatters, FSDP2's default: gradients accumulate sharded, N times smaller.
+    set_requires_gradient_sync(False) before the last would keep whole fp32 gradients instead.
+    """
 
     def __init__(self, cfg: RunConfig, model: nn.Module, device: torch.device) -> None:
         self.cfg, self.device = cfg, device
@@ -44,32 +47,14 @@ class FSDPEngine:
         self.model = _shard(cfg, model, device)
         _initialise_shards(cfg, self.model, device)
         # The sharded parameters, kept here because a gathered unit shows its whole ones instead.
-        self.shards: list[Any] = [p for p in self.model.parameters() if isinstance(p, DTensor)]
-        self.optimizer = build_optimizer(self.shards, cfg.optimizer)
-        self.scaler = grad_scaler(cfg, device)
-        self._step = 0
+        self.make_optimizer([p for p in self.model.parameters() if isinstance(p, DTensor)], device)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         loss: Tensor = self.model(tokens, targets)
         return loss
 
-    def backward(self, loss: Tensor, last_micro_step: bool) -> None:
-        # Every micro-step reduce-scatters, FSDP2's default: gradients accumulate sharded, N times smaller.
-        # set_requires_gradient_sync(False) before the last would keep whole fp32 gradients instead.
-        if (steps := self.cfg.train.gradient_accumulation_steps) > 1:
-            loss = loss / steps
-        (self.scaler.scale(loss) if self.scaler else loss).backward()
-
-    def optimizer_step(self) -> None:
-        set_learning_rate(self.optimizer, learning_rate(self.cfg, self._step))
-        self._step += 1
-        scaled_step(self.cfg, self.optimizer, self.scaler, self.shards)
-
-    def zero_grad(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-
     def live_tensors(self) -> Iterator[LiveTensor]:
-        for shard in self.shards:
+        for shard in self.parameters:
             yield MemoryCategory.PARAMETERS, _local(shard)
             if shard.grad is not None:
                 yield MemoryCategory.GRADIENTS, _local(shard.grad)
@@ -86,9 +71,7 @@ class FSDPEngine:
         return iter(())
 
     def close(self) -> None:
-        self.zero_grad()
-        self.optimizer.state.clear()
-        self.shards = []
+        self.drop_states()
         self.model = nn.Module()
 
 

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lab.config import RunConfig
-from lab.optim import build_optimizer, learning_rate, scaled_step, set_learning_rate
 from lab.parallel.engine import LiveTensor, cached_tensors, optimizer_state_tensors, parameters_and_gradients
 from lab.parallel.materialise import materialise
-from lab.transforms.precision import autocast, grad_scaler
+from lab.parallel.torch_step import TorchStep
+from lab.transforms.precision import autocast
 from lab.vocab import MemoryCategory, Strategy
 
 
-class ReplicatedEngine:
+class ReplicatedEngine(TorchStep):
     """Weights as they are, autocast around forward in mixed precision, torch.optim.
 
     DDP's reduction buckets live in C++: no Python object refers to them, DDP's log tells their sizes. With
@@ -32,12 +32,10 @@ class ReplicatedEngine:
         if cfg.train.compile:  # before DDP, whose hooks stay outside the compiled graph
             model.forward = torch.compile(model.forward)
         self.decoder = model  # without DDP around it
-        self.parameters = list(model.parameters())
-        self.num_parameters = sum(p.numel() for p in self.parameters)
+        self.num_parameters = sum(p.numel() for p in model.parameters())
         self.model: nn.Module = _ddp(cfg, model, device) if cfg.parallel.strategy is Strategy.DDP else model
-        self.optimizer = build_optimizer(self.parameters, cfg.optimizer)
-        self.scaler = grad_scaler(cfg, device)
-        self._micro_step = self._step = 0
+        self.make_optimizer(model.parameters(), device)
+        self._micro_step = 0
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         # DDP decides in forward whether the coming backward reduces: only that of the last micro-step.
@@ -47,19 +45,6 @@ class ReplicatedEngine:
         with self.model.no_sync() if keep_local else nullcontext(), autocast(self.cfg, self.device):
             loss: Tensor = self.model(tokens, targets)
         return loss
-
-    def backward(self, loss: Tensor, last_micro_step: bool) -> None:
-        if (steps := self.cfg.train.gradient_accumulation_steps) > 1:
-            loss = loss / steps
-        (self.scaler.scale(loss) if self.scaler else loss).backward()
-
-    def optimizer_step(self) -> None:
-        set_learning_rate(self.optimizer, learning_rate(self.cfg, self._step))
-        self._step += 1
-        scaled_step(self.cfg, self.optimizer, self.scaler, self.parameters)
-
-    def zero_grad(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
 
     def live_tensors(self) -> Iterator[LiveTensor]:
         yield from parameters_and_gradients(self.parameters)
@@ -77,9 +62,7 @@ class ReplicatedEngine:
                         yield MemoryCategory.COMM_BUFFERS, int(size)
 
     def close(self) -> None:
-        self.zero_grad()
-        self.optimizer.state.clear()
-        self.parameters = []
+        self.drop_states()
         self.model = self.decoder = nn.Module()
 
 
