@@ -14,12 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lab.vocab import MemoryBreakdown, RunStatus, StepPhase
 
 SCHEMA_VERSION = 1
-T = TypeVar("T")
 
 
 @dataclass
@@ -134,7 +133,7 @@ class Residual:
 
 @dataclass
 class RunMetrics:
-    """Speed and learning, from rank 0; the step time is the median of the steady steps."""
+    """Losses are means over ranks; the step time is the median of rank 0's steady steps."""
 
     first_loss: float | None = None
     last_loss: float | None = None

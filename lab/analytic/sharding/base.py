@@ -107,3 +107,22 @@ class Rule:
         return y
 
     def grad_ready(self, spec: ParameterSpec, parameter: Parameter) -> None: ...
+
+
+class DeepSpeedRule(Rule):
+    """What ZeRO's stages share: the module itself is in half precision, the optimizer has a master copy."""
+
+    deepspeed = True
+
+    @property
+    def parameter_itemsize(self) -> int:
+        return self.compute_itemsize
+
+    @property
+    def master_itemsize(self) -> int:
+        """bf16_master_weights_and_grads with bf16_optimizer_states: two bytes in bf16_pure, else fp32."""
+        return self.compute_itemsize if self.cfg.precision.kind is Precision.BF16_PURE else FP32
+
+    @property
+    def autocast(self) -> bool:
+        return False

@@ -30,22 +30,21 @@ from __future__ import annotations
 
 from lab.analytic.architecture import ParameterSpec
 from lab.analytic.ops import Parameter
-from lab.analytic.sharding.base import Rule
+from lab.analytic.sharding.base import DeepSpeedRule
 from lab.analytic.sharding.zero_partitions import FlatGroup
 from lab.analytic.sharding.zero_reduction import Reducer
 from lab.analytic.tape import FP32, Tape, Tensor
 from lab.config import RunConfig
-from lab.vocab import MemoryCategory, Precision
+from lab.vocab import MemoryCategory
 
 FP64 = 8  # bytes; zero/utils.py, get_norm_dtype
 PARAMETERS, MASTER = MemoryCategory.PARAMETERS, MemoryCategory.MASTER_WEIGHTS
 GRADIENTS = MemoryCategory.GRADIENTS
 
 
-class ZeroRule(Rule):
+class ZeroRule(DeepSpeedRule):
     """What stages 1 and 2 share (DeepSpeedZeroOptimizer)."""
 
-    deepspeed = True
     partition_gradients = False  # stage 2
 
     def __init__(self, cfg: RunConfig, tape: Tape, specs: list[ParameterSpec]) -> None:
@@ -54,19 +53,6 @@ class ZeroRule(Rule):
         self.group = FlatGroup(specs, self.world, self.options.round_robin_gradients)
         self.partition = self.group.partition_numel
         self.global_norm: Tensor | None = None  # _global_grad_norm
-
-    @property
-    def parameter_itemsize(self) -> int:
-        return self.compute_itemsize
-
-    @property
-    def master_itemsize(self) -> int:
-        """bf16_master_weights_and_grads with bf16_optimizer_states: two bytes in bf16_pure, else fp32."""
-        return self.compute_itemsize if self.cfg.precision.kind is Precision.BF16_PURE else FP32
-
-    @property
-    def autocast(self) -> bool:
-        return False  # the module itself is in half precision
 
     def ranks(self) -> list[int]:
         """Partitions have one size, gradients kept for them have not: the worst in backward, after it, in the step."""

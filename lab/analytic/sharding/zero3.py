@@ -31,21 +31,19 @@ from __future__ import annotations
 
 from lab.analytic.architecture import ParameterSpec
 from lab.analytic.ops import Parameter
-from lab.analytic.sharding.base import PARAMETERS, Rule
+from lab.analytic.sharding.base import PARAMETERS, DeepSpeedRule
 from lab.analytic.sharding.zero3_fetch import Coordinator
 from lab.analytic.sharding.zero3_gather import Gatherer, Sharded
 from lab.analytic.sharding.zero3_states import ShardedStates
 from lab.analytic.tape import FP32, Grads, Node, Tape, Tensor
 from lab.config import RunConfig
-from lab.vocab import Precision
 
 ALL_GATHER_STREAM = 1  # DeepSpeedZeRoOffload.__allgather_stream, with overlap_comm
 
 
-class Zero3(Rule):
+class Zero3(DeepSpeedRule):
     """Stage 3: every parameter is cut over the ranks, gathered around its modules, its gradient reduce-scattered."""
 
-    deepspeed = True
     linear_keeps_parameter = True
 
     def __init__(self, cfg: RunConfig, tape: Tape, specs: list[ParameterSpec]) -> None:
@@ -58,19 +56,6 @@ class Zero3(Rule):
     def ranks(self) -> list[int]:
         """All ranks hold the same, padding included; reductions without reduce-scatter take most on the last one."""
         return [self.world - 1]
-
-    @property
-    def parameter_itemsize(self) -> int:
-        return self.compute_itemsize
-
-    @property
-    def master_itemsize(self) -> int:
-        """bf16_master_weights_and_grads with bf16_optimizer_states: two bytes in bf16_pure, else fp32."""
-        return self.compute_itemsize if self.cfg.precision.kind is Precision.BF16_PURE else FP32
-
-    @property
-    def autocast(self) -> bool:
-        return False  # the module itself is in half precision
 
     # -- build -----------------------------------------------------------------------------------
 
