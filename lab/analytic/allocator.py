@@ -18,6 +18,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from lab.analytic.driver import DriverAddresses
 from lab.analytic.tape import ALLOC, EMPTY_CACHE, FREE, Event
 from lab.units import MIB
 
@@ -63,7 +64,7 @@ class Allocator:
     num_retries: int = 0
     _pools: tuple[list[Key], list[Key]] = field(default_factory=lambda: ([], []))
     _blocks: dict[int, Block] = field(default_factory=dict)  # free blocks by address
-    _next_address: int = 0
+    _driver: DriverAddresses = field(default_factory=DriverAddresses)
 
     def malloc(self, request: int, stream: int = 0, event: int = -1) -> Block:
         """A block of at least ``request`` bytes. Raises OutOfMemory."""
@@ -114,14 +115,13 @@ class Allocator:
             if self.reserved_bytes + total > self.limit_bytes:
                 raise OutOfMemory(event, size)
         self.reserved_bytes += total
-        block = Block(self._next_address, total, stream, small)
-        self._next_address += total + ROUND_LARGE
-        return block
+        return Block(self._driver.take(total), total, stream, small)
 
     def empty_cache(self) -> None:
         """Return every segment that is one free block to the driver (release_cached_blocks)."""
         for block in [b for b in self._blocks.values() if b.previous is None and b.next is None]:
             self._remove(block)
+            self._driver.give(block.address, block.size)
             self.reserved_bytes -= block.size
 
     def _insert(self, block: Block) -> None:

@@ -13,6 +13,8 @@ from lab.analytic.ops import Ops
 from lab.analytic.tape import BOOL, FP32, Grads, Node, Tensor
 from lab.vocab import AttentionBackend, Precision
 
+WRITTEN_OUT = (AttentionBackend.EAGER, AttentionBackend.MATH)
+
 
 @dataclass(frozen=True)
 class AttentionShape:
@@ -73,13 +75,17 @@ def fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, backend:
         if not gpu:
             return [gq, gk, gv]
         if backend is AttentionBackend.MEM_EFFICIENT:
-            if size == FP32:  # delta = (grad * out).sum(-1).transpose().contiguous()
-                scratch = FP32 * a.q_numel + 2 * FP32 * rows
-            else:  # fp32 accumulator per 64-row tile with a 16 B header, and delta
-                tiles = a.b * a.n * _round_up(a.s, 64) // 64
-                scratch = tiles * (FP32 * 64 * _round_up(a.d, 64) + 16)
-                scratch += FP32 * a.b * a.n * _round_up(a.s, 32)
-            ops.scratch(scratch, "attention backward workspace")
+            delta_rows = a.b * a.n * _round_up(a.s, 32)
+            if size == FP32:  # (grad * out).sum(-1).transpose().contiguous(); half kernels compute it themselves
+                product = tape.new(a.q_numel, FP32, "gradient times output")
+                summed = tape.new(rows, FP32, "attention backward row sums")
+                delta = tape.new(delta_rows, FP32, "attention backward row sums")
+                del summed, product
+            else:
+                delta = tape.new(delta_rows, FP32, "attention backward row sums")
+            tiles = a.b * a.n * _round_up(a.s, 64) // 64  # an fp32 accumulator and a header of 16 B for each
+            ops.scratch(tiles * (FP32 * 64 * _round_up(a.d, 64) + 16), "attention backward workspace")
+            del delta
             return [gq, gk, gv]
         expanded = 2 * size * a.q_numel if grouped else 0  # dk and dv per query head, before they are summed
         if backend is AttentionBackend.CUDNN:  # one workspace, and 512 B beside it
@@ -242,11 +248,15 @@ def math(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout: 
 def attention(
     ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, backend: AttentionBackend, dropout: float
 ) -> Tensor:
-    """q [b, n, s, d], k and v [b, k, s, d] -> [b, s, n * d], contiguous: eager and math need a copy for that."""
-    if backend in (AttentionBackend.EAGER, AttentionBackend.MATH):
+    """q [b, n, s, d], k and v [b, k, s, d] -> [b, n, s, d]."""
+    if backend in WRITTEN_OUT:
         run = eager if backend is AttentionBackend.EAGER else math
-        out = run(ops, q, k, v, a, dropout)
-        return _copy(ops, out, "attention output")
+        return run(ops, q, k, v, a, dropout)
     if backend is AttentionBackend.MEM_EFFICIENT and a.n != a.k:
         k, v = repeat_kv(ops, k, a, "key"), repeat_kv(ops, v, a, "value")
     return fused(ops, q, k, v, a, backend)
+
+
+def contiguous(ops: Ops, y: Tensor, backend: AttentionBackend) -> Tensor:
+    """y.transpose(1, 2).reshape(b, s, n * d): a copy after eager and math; fused kernels write that layout."""
+    return _copy(ops, y, "attention output") if backend in WRITTEN_OUT else y

@@ -9,13 +9,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Protocol
 
-from lab.analytic.attention import AttentionShape, attention, choose_backend
+from lab.analytic.attention import AttentionShape, attention, choose_backend, contiguous
 from lab.analytic.checkpoint import checkpoint
 from lab.analytic.norms import rmsnorm_composite
 from lab.analytic.ops import Ops, Parameter
-from lab.analytic.tape import FP32, Tensor
+from lab.analytic.tape import BF16, FP32, Tensor
 from lab.config import RunConfig
-from lab.vocab import Checkpointing
+from lab.vocab import Checkpointing, MemoryCategory, Precision
 
 
 class Hooks(Protocol):
@@ -41,6 +41,8 @@ class Decoder:
         m, t = cfg.model, cfg.train
         self.shape = AttentionShape(t.micro_batch_size, t.seq_len, m.num_heads, m.num_kv_heads, m.head_dim)
         self.rows = t.micro_batch_size * t.seq_len
+        self.rope_tables: list[Tensor] = []
+        self.compute_itemsize = FP32 if cfg.precision.kind is Precision.FP32 else BF16
         self.composite_rmsnorm = m.norm == "rmsnorm" and cfg.hardware.device_type == "cpu"
         self.backend = choose_backend(
             cfg.attention.backend, cfg.hardware.device_type, cfg.precision.kind, self.shape, m.dropout
@@ -64,42 +66,64 @@ class Decoder:
         x = self.hooks.enter(name, x)
         return self.hooks.leave(name, self.ops.dropout(x, label))
 
+    def _make_rope_tables(self) -> None:
+        """lab.model.decoder.rope_tables, at the first forward: angles, cos and sin in fp32, then their casts, kept."""
+        numel, size = self.cfg.train.seq_len * self.cfg.model.head_dim, self.ops.amp or self.compute_itemsize
+        angles = self.ops.new(numel // 2, FP32, "rope angles")
+        angles = self.ops.new(numel, FP32, "rope angles")
+        for name in ("cos", "sin"):
+            self.rope_tables.append(self.ops.new(numel, FP32, f"rope {name}", MemoryCategory.ACTIVATIONS))
+        del angles
+        if size != FP32:
+            self.rope_tables += [
+                self.ops.new(numel, size, f"rope {name}", MemoryCategory.ACTIVATIONS) for name in ("cos", "sin")
+            ]
+            del self.rope_tables[:2]
+
     def _embedding(self, name: str, rows: int, indices: Tensor | None = None) -> Tensor:
         self.hooks.enter_source(name)
         table = self.p[f"{name}.weight"]
         return self.hooks.leave(name, self.ops.embedding(table, rows * table.shape[1], name, rows, indices))
 
+    # Each module's forward is a function of its own: its locals go when it returns, its input when the call is over.
+
     def _attention(self, x: Tensor, prefix: str) -> Tensor:
         x = self.hooks.enter(prefix, x)
-        if self.cfg.model.fused_qkv:
-            a = self.shape
-            qkv = self._linear(x, f"{prefix}.qkv_proj", "query, key and value")
-            q, k, v = self.ops.split(qkv, [a.q_numel, a.kv_numel, a.kv_numel], "query, key and value gradient")
-            del qkv
-        else:
-            q = self._linear(x, f"{prefix}.q_proj", "query")
-            k = self._linear(x, f"{prefix}.k_proj", "key")
-            v = self._linear(x, f"{prefix}.v_proj", "value")
+        return self.hooks.leave(prefix, self._attention_forward(x, prefix))
+
+    def _attention_forward(self, x: Tensor, prefix: str) -> Tensor:
+        q, k, v = self._project(x, prefix)
         if self.cfg.model.position == "rope":
             q = self.ops.rope(q, "query")
             k = self.ops.rope(k, "key")
         y = attention(self.ops, q, k, v, self.shape, self.backend, self.cfg.model.dropout)
-        out = self._linear(y, f"{prefix}.o_proj", "attention projection")
-        del q, k, v, y
-        return self.hooks.leave(prefix, out)
+        return self._linear(contiguous(self.ops, y, self.backend), f"{prefix}.o_proj", "attention projection")
+
+    def _project(self, x: Tensor, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
+        if self.cfg.model.fused_qkv:
+            a = self.shape
+            qkv = self._linear(x, f"{prefix}.qkv_proj", "query, key and value")
+            q, k, v = self.ops.split(qkv, [a.q_numel, a.kv_numel, a.kv_numel], "query, key and value gradient")
+            return q, k, v
+        q = self._linear(x, f"{prefix}.q_proj", "query")
+        k = self._linear(x, f"{prefix}.k_proj", "key")
+        return q, k, self._linear(x, f"{prefix}.v_proj", "value")
 
     def _mlp(self, x: Tensor, prefix: str) -> Tensor:
         x = self.hooks.enter(prefix, x)
+        return self.hooks.leave(prefix, self._mlp_forward(x, prefix))
+
+    def _mlp_forward(self, x: Tensor, prefix: str) -> Tensor:
         if self.cfg.model.mlp == "gelu":
-            up = self._linear(x, f"{prefix}.up_proj", "mlp up")
-            up = self.ops.gelu(up)
-            return self.hooks.leave(prefix, self._linear(up, f"{prefix}.down_proj", "mlp down"))
-        gate = self._linear(x, f"{prefix}.gate_proj", "mlp gate")
-        gate = self.ops.silu(gate)
+            activated = self.ops.gelu(self._linear(x, f"{prefix}.up_proj", "mlp up"))
+        else:
+            activated = self._gated(x, prefix)
+        return self._linear(activated, f"{prefix}.down_proj", "mlp down")
+
+    def _gated(self, x: Tensor, prefix: str) -> Tensor:
+        gate = self.ops.silu(self._linear(x, f"{prefix}.gate_proj", "mlp gate"))
         up = self._linear(x, f"{prefix}.up_proj", "mlp up")
-        product = self.ops.mul(gate, up, "mlp product")
-        del gate, up
-        return self.hooks.leave(prefix, self._linear(product, f"{prefix}.down_proj", "mlp down"))
+        return self.ops.mul(gate, up, "mlp product")
 
     def block(self, i: int, x: Tensor) -> Tensor:
         """Block i. Its input stays referenced by the caller until it returns."""
@@ -133,6 +157,8 @@ class Decoder:
             del total, positions
         if cfg.model.dropout:
             x = self._dropout(x, "dropout", "embedding dropout")
+        if cfg.model.position == "rope" and not self.rope_tables:
+            self._make_rope_tables()
         for i in range(cfg.model.num_layers):
             run = partial(self.block, i)
             x = hooks.wrap_input(i, x)

@@ -87,14 +87,6 @@ class Replay:
         return roots
 
     def _forward(self) -> Tensor:
-        model, train = self.cfg.model, self.cfg.train
-        if self.done == 0 and model.position == "rope" and StepPhase.BUILD not in self.kept:
-            self.kept.append(StepPhase.BUILD)
-            size = self.rule.compute_itemsize
-            self.kept += [
-                self.tape.new(train.seq_len * model.head_dim, size, f"rope {name}", MemoryCategory.ACTIVATIONS)
-                for name in ("cos", "sin")
-            ]
         self.ops.amp = self.rule.compute_itemsize if self.rule.autocast else None
         self.ops.cast_cache = {}
         loss = self.decoder.forward()

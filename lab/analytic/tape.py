@@ -221,6 +221,13 @@ class Tape:
             assert grads is not None
             assert run is not None
             outputs = run(grads)
+            if (
+                node.unpack is not None
+            ):  # recomputed tensors are locals of the node's function, the last made dropped first
+                while node.saved:
+                    node.saved.pop()
+            while grads:  # a vector's elements go from the first to the last
+                grads.pop(0)
             del grads, run
             if not isinstance(node, Accumulator):
                 kept, node.saved = node.saved, []
