@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             raise ConfigError("command", name, f"no such command; one of {', '.join(COMMANDS)}")
         module = importlib.import_module(f"lab.cli.{COMMANDS[name][0]}")
-        return int(module.run(rest))
+        code = int(module.run(rest))
+        sys.stdout.flush()  # here, where a reader that left is caught, and not at exit
+        return code
     except ConfigError as error:
         print(f"lab: {error}", file=sys.stderr)
         return 2

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from strategies_worker import ZERO_BUCKET, scenario_config, train_scenario
+
+from tests.distributed.strategies_worker import ZERO_BUCKET, scenario_config, train_scenario
 
 pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).resolve().parents[2]
