@@ -177,13 +177,13 @@ class Ops:
     def dropout(self, x: Tensor, label: str) -> Tensor:
         """Keeps a mask; backward makes the masked gradient.
 
-        CUDA: native_dropout, a bool mask made after the output. CPU: noise of x's type, then the product
+        CUDA: native_dropout, a bool mask made before the output (cuda/Dropout.cu). CPU: noise of x's type, then the product
         (aten/src/ATen/native/Dropout.cpp).
         """
         numel, itemsize, tape = x.numel, x.itemsize, self.tape
         if tape.trace.on_device_kernels:
-            y = self.new(numel, itemsize, label)
             mask = self.new(numel, 1, label + " mask")
+            y = self.new(numel, itemsize, label)
         else:
             mask = self.new(numel, itemsize, label + " noise")
             y = self.new(numel, itemsize, label)

@@ -30,13 +30,11 @@ class Optimizer:
     def step(self, params: Sequence[tuple[int, int]]) -> None:
         """params: (elements, element size) of every parameter with a gradient, in order."""
         new, implementation = self.tape.new, self.cfg.implementation
+        if self.cfg.kind == "sgd":
+            self._sgd(params)
+            return
         if not self.states:
             self._make_states(params)
-        if self.cfg.kind == "sgd":
-            if implementation != "fused" and self.cfg.weight_decay:
-                held = [new(n, size, "gradient plus weight decay") for n, size in params]
-                del held
-            return
         if implementation == "foreach":
             held = [new(n, size, "sqrt(exp_avg_sq)") for n, size in params]
             del held
@@ -49,6 +47,17 @@ class Optimizer:
                 denominator = quotient
                 del quotient
             del denominator
+
+    def _sgd(self, params: Sequence[tuple[int, int]]) -> None:
+        """Weight decay adds parameters to copies of the gradients: all at once (foreach) or one by one (for-loop)."""
+        decayed = self.cfg.implementation != "fused" and self.cfg.weight_decay > 0
+        groups = [params] if self.cfg.implementation == "foreach" else [[p] for p in params]
+        first = not self.states
+        for group in groups:
+            held = [self.tape.new(n, size, "gradient plus weight decay") for n, size in group] if decayed else []
+            if first:
+                self._make_states(group)
+            del held
 
     def _make_states(self, params: Sequence[tuple[int, int]]) -> None:
         new, cfg = self.tape.new, self.cfg

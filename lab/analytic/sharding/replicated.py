@@ -51,9 +51,7 @@ class DDP(Rule):
             flying.pop(0)
 
     def _buckets(self, order: list[ParameterSpec], caps: list[int]) -> list[Tensor]:
-        category = (
-            MemoryCategory.GRADIENTS if self.cfg.parallel.ddp.gradient_as_bucket_view else MemoryCategory.COMM_BUFFERS
-        )
+        category = MemoryCategory.COMM_BUFFERS
         return [self.tape.new(n, self.parameter_itemsize, "DDP bucket", category) for n in self._assign(order, caps)]
 
     def _assign(self, order: list[ParameterSpec], caps: list[int]) -> list[int]:
@@ -76,6 +74,19 @@ class DDP(Rule):
                 self.first_bucket.clear()
         if self.cfg.parallel.ddp.gradient_as_bucket_view and self.last_micro_step:
             parameter.accumulator.grad = None
+
+    def finish_backward(self) -> None:
+        self._count_buckets_as(MemoryCategory.GRADIENTS)
+
+    def zero_grad(self) -> None:
+        super().zero_grad()
+        self._count_buckets_as(MemoryCategory.COMM_BUFFERS)
+
+    def _count_buckets_as(self, category: MemoryCategory) -> None:
+        """Bucket views: the buckets are the gradients while there are any, and bare buckets otherwise."""
+        if self.cfg.parallel.ddp.gradient_as_bucket_view:
+            for bucket in self.buckets:
+                bucket.storage.move(category)
 
     def start_step(self) -> None:
         # Reducer::rebuild_buckets runs at the second forward.
