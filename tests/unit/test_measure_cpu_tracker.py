@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -18,15 +17,6 @@ from lab.measure import StorageTracker
 from lab.model import Decoder
 
 Read = Callable[[], tuple[int, int]]  # (current, peak) bytes
-
-
-@pytest.fixture
-def tracker() -> Iterator[StorageTracker]:
-    gc.collect()
-    tracker = StorageTracker()
-    tracker.start()
-    yield tracker
-    tracker.stop()
 
 
 def train_steps(read: Read, model: Decoder, batch: Tensor, bf16: bool, each_step: Callable[[], None]) -> list[int]:

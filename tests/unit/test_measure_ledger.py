@@ -23,15 +23,6 @@ C = MemoryCategory
 TOKENS = 2 * 64
 
 
-@pytest.fixture
-def tracker() -> Iterator[StorageTracker]:
-    gc.collect()
-    tracker = StorageTracker()
-    tracker.start()
-    yield tracker
-    tracker.stop()
-
-
 def configure(*overrides: str) -> RunConfig:
     return load(["model=tiny", "train.seq_len=64", "train.steps=3", "hardware=cpu", *overrides])
 
