@@ -12,6 +12,7 @@ from lab.config.errors import ConfigError
 # Sub-command -> (module under lab.cli with run(argv) -> exit code, one line of help).
 COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("predict", "prediction only, from the configuration: no torch, no GPU"),
+    "explain": ("explain", "every predicted byte at one moment: tensor, formula, source"),
     "train": ("train", "one run: starts torchrun with world_size processes on this machine"),
     "sweep": ("sweep", "every point of a study, one torchrun each"),
     "compare": ("compare", "table of recorded runs: predicted, measured, error, step time"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -155,3 +157,12 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_ranges() -> None:
     assert ranges([2, 0, 1, 5, 7, 8]) == "0-2,5,7-8"
     assert ranges([]) == ""
+
+
+def test_the_command_needs_no_torch() -> None:
+    code = (
+        "import sys; from lab.cli.main import main; main(['explain', *sys.argv[1:]]); assert 'torch' not in sys.modules"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, *overrides(Strategy.ZERO2)], check=True, capture_output=True, timeout=60
+    )
