@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import re
 import signal
@@ -64,7 +65,7 @@ class Launch:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=_die_with_driver,
+                preexec_fn=functools.partial(_die_with_driver, os.getpid()),
             )
 
     @property
@@ -113,10 +114,12 @@ class Launch:
                 continue
 
 
-def _die_with_driver() -> None:
-    """In the child: get SIGTERM when the driver dies, even by SIGKILL (Linux)."""
+def _die_with_driver(driver: int) -> None:
+    """In the child: get SIGTERM when the driver (its process id) dies, even by SIGKILL (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != driver:  # it died before the call: no signal will come
+            os._exit(1)
 
 
 def _signal(processes: Sequence[psutil.Process], number: int) -> None:

@@ -14,7 +14,7 @@ from lab.record import PhaseReading, RankMeasurement, RunRecord, StepMeasurement
 from lab.track import RunFolder, new_run_id
 from lab.vocab import RunStatus, StepPhase
 
-OK, EXIT_1_AFTER_RECORD, OOM, KILLED, RAISES, HANGS, LINGERS, SIGTERM_OF_A_PEER = range(1, 9)
+OK, EXIT_1_AFTER_RECORD, OOM, KILLED, RAISES, HANGS, LINGERS, SIGTERM_OF_A_PEER, WAITS = range(1, 10)
 
 
 def main(overrides: list[str]) -> None:
@@ -42,7 +42,10 @@ def main(overrides: list[str]) -> None:
         # A worker in a session of its own, as torchrun starts them; both ignore SIGTERM.
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        (folder.path / "hangs").touch()
         time.sleep(600)
+    while cfg.seed == WAITS and not list(folder.path.parent.glob("*/record.json")):
+        time.sleep(0.05)  # for the end of another point, which only runs side by side
     ranks = [RankMeasurement(0, 0, "h", "cpu", "cpu_storage_tracker", steps=steps)]
     status = RunStatus.INTERRUPTED if cfg.seed == SIGTERM_OF_A_PEER else RunStatus.OK
     error = "SIGTERM" if cfg.seed == SIGTERM_OF_A_PEER else None

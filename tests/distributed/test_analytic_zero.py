@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +11,9 @@ from lab.analytic.timeline import phases
 from lab.config import load
 from lab.track.bundle import read_records
 from lab.vocab import MemoryCategory, StepPhase
+from tests.distributed.small_run import lab, small_run
 
 pytestmark = pytest.mark.distributed
-ROOT = Path(__file__).resolve().parents[2]
 STATES = (
     MemoryCategory.PARAMETERS,
     MemoryCategory.MASTER_WEIGHTS,
@@ -41,18 +38,9 @@ STATES = (
     ],
 )
 def test_prediction_is_the_measurement(options: list[str], tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs" for i in range(4000)))
-    overrides = [
-        *("hardware=cpu", "tracker=none", "measure=ledger", "data=text", f"data.path={text}", "world_size=2"),
-        *("data.tokenizer_vocab_size=400", "model.vocab_size=400", "model.num_layers=2", "train.seq_len=32"),
-        *("train.steps=3", "parallel.zero.reduce_bucket_size=30000", *options),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lab.cli", "train", *overrides]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
+    overrides = [*small_run(tmp_path), *("measure=ledger", "world_size=2", "model.vocab_size=400"), *options]
+    overrides += ["parallel.zero.reduce_bucket_size=30000"]
+    done = lab("train", *overrides, cwd=tmp_path)
     records = list(read_records([tmp_path / "outputs"]))
     assert len(records) == 1, done.stdout + done.stderr
     cfg = load(overrides)

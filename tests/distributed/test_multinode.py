@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -13,15 +15,18 @@ import pytest
 
 from lab.track.bundle import read_records
 from lab.vocab import RunStatus
-from tests.distributed.test_sweep_real import ROOT, small_run
+from tests.distributed.small_run import ENVIRONMENT, ROOT, small_run
 
 pytestmark = pytest.mark.distributed
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One below the range that the system gives to outgoing connections: nothing takes it before node 0 does."""
+    while True:
+        port = random.randrange(15_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def installed_copy(folder: Path) -> Path:
@@ -45,8 +50,8 @@ def test_two_nodes_are_one_record(tmp_path: Path) -> None:
     master = f"127.0.0.1:{free_port()}"
 
     def node(rank: int) -> subprocess.Popen[str]:
-        variables = {"NNODES": "2", "NODE_RANK": str(rank), "MASTER": master, "NPROC": "1", "OMP_NUM_THREADS": "1"}
-        environment = {**os.environ, **variables, "PYTHONPATH": str(ROOT)}
+        variables = {"NNODES": "2", "NODE_RANK": str(rank), "MASTER": master, "NPROC": "1"}
+        environment = {**ENVIRONMENT, **variables}
         command = [str(folder / "launch" / "multinode"), *overrides]
         return subprocess.Popen(
             command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -88,12 +88,12 @@ def test_every_end_of_a_point_is_recorded_and_the_sweep_goes_on(
 
 def test_a_time_limit_kills_the_whole_tree(tmp_path: Path) -> None:
     started = time.monotonic()
-    code, found = run_sweep(tmp_path, [fake_point.HANGS, fake_point.OK], "launch.timeout_s=3")
-    assert time.monotonic() - started < 20
+    code, found = run_sweep(tmp_path, [fake_point.HANGS, fake_point.OK], "launch.timeout_s=8")
+    assert time.monotonic() - started < 60
     assert code == 1
     hung = found[fake_point.HANGS][0]
     assert hung.status is RunStatus.TIMEOUT
-    assert hung.error == "no end after 3 s (launch.timeout_s)"
+    assert hung.error == "no end after 8 s (launch.timeout_s)"
     assert hung.prediction is not None
     assert found[fake_point.OK][0].status is RunStatus.OK
     assert strays(hung.run_id) == []
@@ -133,11 +133,12 @@ def test_invalid_points_are_recorded_once_and_do_not_stop_the_rest(tmp_path: Pat
 
 
 def test_jobs_run_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, found = run_sweep(tmp_path, [fake_point.HANGS, 20, 21], "--jobs", "2", "launch.timeout_s=6")
-    assert code == 1
+    code, found = run_sweep(tmp_path, [fake_point.WAITS, 20, 21], "--jobs", "2", "launch.timeout_s=60")
+    assert code == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
-    assert ["timeout" in line for line in lines] == [False, False, True]  # the others ran while it hung
-    assert set(found) == {fake_point.HANGS, 20, 21}
+    assert [line[:5] for line in lines] == ["[1/3]", "[2/3]", "[3/3]"]
+    assert "seed=20" in lines[0]  # the first point waited for it
+    assert set(found) == {fake_point.WAITS, 20, 21}
 
 
 def test_jobs_on_gpus_have_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -176,9 +177,8 @@ def test_ctrl_c_and_sigterm_leave_records_and_no_processes(tmp_path: Path, numbe
     )
     driver = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 30
-    while not list(tmp_path.glob("study/*/rank_0.jsonl")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("study/*/hangs")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    time.sleep(0.3)
     driver.send_signal(number)
     output, _ = driver.communicate(timeout=30)
     assert driver.returncode == 130

@@ -3,41 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lab.track.bundle import read_records
 from lab.vocab import RunStatus, StepPhase
+from tests.distributed.small_run import lab, small_run
 
 pytestmark = pytest.mark.distributed
-ROOT = Path(__file__).resolve().parents[2]
 TOO_LARGE = 2**31 - 1
-
-
-def lab(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lab.cli", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
-
-
-def small_run(folder: Path) -> list[str]:
-    """Overrides of a run of seconds on a text of our own."""
-    text = folder / "text.txt"
-    text.write_text("\n".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs" for i in range(4000)))
-    return [
-        "hardware=cpu",
-        "tracker=none",
-        "data=text",
-        f"data.path={text}",
-        "data.tokenizer_vocab_size=400",
-        "model.num_layers=2",
-        "train.seq_len=32",
-        "train.steps=3",
-    ]
 
 
 def test_points_train_run_out_of_memory_and_are_compared(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,21 +14,16 @@ import pytest
 
 from lab.record import RunRecord, read_record
 from lab.vocab import STEP_PHASES, MemoryCategory, RunStatus, StepPhase
+from tests.distributed.small_run import ENVIRONMENT, small_run
 
 pytestmark = pytest.mark.distributed
-ROOT = Path(__file__).resolve().parents[2]
 FAULTY = Path(__file__).with_name("faulty_train.py")
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> list[str]:
-    """Overrides of a run of seconds on a text of our own."""
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"line {i}: the quick brown fox jumps over {i * i} lazy dogs" for i in range(4000)))
-    settings = ["hardware=cpu", "tracker=none", "data=text", f"data.path={text}", "data.tokenizer_vocab_size=400"]
-    return [*settings, "model.num_layers=2", "train.seq_len=32", "train.steps=4"]
+    return small_run(tmp_path, steps=4)
 
 
 def the_record(folder: Path) -> RunRecord:
