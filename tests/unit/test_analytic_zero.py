@@ -14,18 +14,13 @@ from lab.analytic.sharding.zero import ZeroRule
 from lab.analytic.sharding.zero_partitions import FlatGroup, round_robin
 from lab.analytic.step import Replay
 from lab.analytic.tape import ALLOC, FP32, INT64, MARK
-from lab.analytic.timeline import phases, spans_of, totals
+from lab.analytic.timeline import spans_of, totals
 from lab.config import RunConfig, load
 from lab.vocab import MemoryCategory, StepPhase, Strategy
+from tests.unit.zero_cases import GB, OTHER_MODEL, SMALL, blocks, second_step_by_rank
 
 CPU = "hardware=cpu"
-# One layer: 257*8 + 8 + 4*64 + 8 + 3*8*24 + 8 + 257*8 = 4968 parameters, no multiple of 2 * 5.
-SMALL = [
-    *("model.num_layers=1", "model.hidden_size=8", "model.intermediate_size=24", "model.num_heads=2"),
-    *("model.vocab_size=257", "model.max_seq_len=16", "data.tokenizer_vocab_size=257", "train.seq_len=16"),
-]
 THREE, TWO = "world_size=3", "world_size=2"
-GB = 10**9
 
 
 def specs(*sizes: int) -> list[ParameterSpec]:
@@ -65,11 +60,6 @@ def test_a_partition_inside_one_parameter_or_of_padding_only() -> None:
 
 
 # -- states and buffers ----------------------------------------------------------------------------
-
-
-def blocks(num_bytes: int) -> int:
-    """What the caching allocator counts for a small tensor: multiples of 512 B."""
-    return -(-num_bytes // 512) * 512
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero2"])
@@ -170,14 +160,8 @@ def test_no_copies_without_contiguous_gradients() -> None:
 )
 def test_the_worst_rank_is_among_the_candidates(strategy: str, options: list[str]) -> None:
     cfg = load(["hardware=cpu", "world_size=6", "train.seq_len=64", f"parallel={strategy}", *options])
-    of_rank = []
-    for rank in range(6):
-        replay = Replay(cfg, rank)
-        replay.build()
-        replay.step()
-        replay.step()
-        of_rank.append(phases(replay.trace.events, 1))
-    candidates = replay.rule.ranks()
+    of_rank = second_step_by_rank(cfg)
+    candidates = Replay(cfg).rule.ranks()
     for phase in of_rank[0]:
         peaks = [p[phase].peak.total_bytes for p in of_rank]
         ends = [p[phase].end.total_bytes for p in of_rank]
@@ -191,10 +175,6 @@ L = [
     *("model.num_layers=2", "model.hidden_size=512", "model.intermediate_size=1408", "model.num_heads=8"),
     *("model.vocab_size=4000", "train.micro_batch_size=4", "train.seq_len=512", "data.tokenizer_vocab_size=2048"),
     *("world_size=2", "hardware=h200"),
-]
-G = [
-    *("model.norm=layernorm", "model.mlp=gelu", "model.position=learned", "model.bias=true"),
-    "model.tied_head=true",
 ]
 FP32_, PURE = ["precision=fp32"], ["precision=bf16_pure"]
 ACCUMULATE, CHECKPOINT = ["train.gradient_accumulation_steps=2"], ["checkpointing=full"]
@@ -228,8 +208,8 @@ MEASURED: list[tuple[str, list[str], list[tuple[int, int]]]] = [
     ),
     ("zero1", CHECKPOINT, [(151442432, 225376256), (192608256, 1219222528), (161964032, 193528320)]),
     ("zero2", CHECKPOINT, [(151442432, 225376256), (192608256, 1207443456), (161964032, 193528320)]),
-    ("zero1", G, [(134107136, 263708672), (230154240, 1222098432), (142402560, 166674944)]),
-    ("zero2", G, [(134107136, 263708672), (230154240, 1220653568), (142402560, 166674944)]),
+    ("zero1", OTHER_MODEL, [(134107136, 263708672), (230154240, 1222098432), (142402560, 166674944)]),
+    ("zero2", OTHER_MODEL, [(134107136, 263708672), (230154240, 1220653568), (142402560, 166674944)]),
     ("zero1", SMALL_BUCKET, [(151442432, 304709632), (271155200, 338265088), (161964032, 193528320)]),
     ("zero2", SMALL_BUCKET, [(151442432, 304709632), (271155200, 338265088), (161964032, 193528320)]),
     ("zero1", OVERLAP, [(151442432, 303136768), (270368768, 2246665216), (161964032, 193528320)]),
