@@ -71,15 +71,15 @@ class Optimizer:
                 self.states.append(new(n, size, "momentum_buffer", STATES))
 
 
-def clip_gradients(tape: Tape, count: int) -> Tensor:
+def clip_gradients(tape: Tape, count: int, itemsize: int) -> Tensor:
     """torch.nn.utils.clip_grad_norm_: a norm per gradient, their stack, the total and the coefficient.
 
-    Scalars only (foreach multiplies in place). Returns the total norm, which the caller may keep.
+    Scalars only, in the gradients' type (foreach multiplies in place). Returns the total norm, which the caller may keep.
     """
-    norms = [tape.new(1, FP32, "gradient norm") for _ in range(count)]
-    stacked = tape.new(count, FP32, "gradient norms")
-    total = tape.new(1, FP32, "total norm")
+    norms = [tape.new(1, itemsize, "gradient norm") for _ in range(count)]
+    stacked = tape.new(count, itemsize, "gradient norms")
+    total = tape.new(1, itemsize, "total norm")
     del norms, stacked
-    coefficients = [tape.new(1, FP32, "clip coefficient") for _ in range(3)]
+    coefficients = [tape.new(1, itemsize, "clip coefficient") for _ in range(3)]
     del coefficients
     return total

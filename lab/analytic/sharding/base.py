@@ -76,7 +76,7 @@ class Rule:
     def optimizer_step(self) -> None:
         norm: Tensor | None = None
         if self.cfg.train.max_grad_norm is not None:
-            norm = clip_gradients(self.tape, len(self.specs))
+            norm = clip_gradients(self.tape, len(self.specs), self.parameter_itemsize)
         del norm
         self.optimizer.step(self.optimizer_parameters())
 

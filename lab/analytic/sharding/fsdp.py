@@ -70,6 +70,8 @@ class FSDP(Rule):
         return -(-rows // self.size) * (spec.numel // rows)
 
     def build(self) -> None:
+        if not self.tape.trace.on_device_kernels:  # DeviceMesh keeps its ranks in an int32 tensor on the CPU
+            self.kept.append(self.tape.new(self.world, 4, "device mesh"))
         for spec in self.specs:
             padded = self._padded(spec)
             self.kept.append(self.tape.new(padded, self.parameter_itemsize, spec.name, MemoryCategory.PARAMETERS))
