@@ -84,6 +84,7 @@ SOURCES: tuple[Source, ...] = (
     _rule("FSDP all-gather input", NAMED, "cast of one unit's local shards", "U", _FSDP),
     _rule("FSDP all-gather output", NAMED, "one unit's shards of all ranks", "U * G", _FSDP),
     _rule("FSDP reduce-scatter input", NAMED, "one unit's whole gradients, flat", "U * G", _FSDP),
+    _rule("device mesh", ALL, "ranks of the DeviceMesh, on the CPU", "N", "torch distributed/device_mesh.py", 4),
     _rule("FSDP cast", NAMED, "cast of one parameter, one rank", "", _FSDP),
     _rule(f"autocast copy of {_PARAM}(?: gradient)?", NAMED, "autocast's cached cast", "w", "torch autocast_mode.cpp"),
     # -- ends of the model ---------------------------------------------------------------------------
