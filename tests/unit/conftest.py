@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
-from lab.measure import StorageTracker
+if TYPE_CHECKING:
+    from lab.measure import StorageTracker
 
 
 @pytest.fixture
 def tracker() -> Iterator[StorageTracker]:
     """A running tracker; what earlier tests left is collected first."""
+    from lab.measure import StorageTracker  # brings torch, which most of these tests do without
+
     gc.collect()
     tracker = StorageTracker()
     tracker.start()
