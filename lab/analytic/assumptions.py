@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from lab.config import RunConfig
+from lab.vocab import Precision, Strategy
 
 
 def assumptions(cfg: RunConfig) -> list[str]:
     """One sentence per thing that is taken for granted or left out for this configuration."""
     out = ["worst rank; steady state is the step from which steps repeat"]
     if cfg.hardware.device_type == "cuda":
-        out.append("caching allocator with default settings; driver addresses grow with each segment")
+        out.append("caching allocator with default settings; segment addresses as one driver (580.159) gives them")
         out.append("cuBLAS workspaces of the forward and backward threads only; one CUDA stream per thread")
         if not cfg.hardware.cuda_context_bytes:
             out.append(
@@ -20,6 +21,12 @@ def assumptions(cfg: RunConfig) -> list[str]:
             "CPU: bytes of live tensors as PyTorch's dispatcher sees them; kernels' own scratch memory is not seen"
         )
         out.append("CPU: no caching allocator, reserved equals allocated; device_used is not modelled")
+    if cfg.precision.kind is Precision.FP16_MIXED:
+        out.append("fp16: every step is taken; a step that the loss scaler skips for an overflow is not modelled")
+    if cfg.parallel.strategy is Strategy.DDP and cfg.hardware.device_type == "cuda":
+        out.append(
+            "DDP: the first backward's bucket is kept until the second step's first all-reduce (NCCL's watchdog)"
+        )
     if cfg.train.compile:
         out.append("train.compile=true: memory of compiled graphs is not modelled; this is the eager prediction")
     return out

@@ -26,28 +26,34 @@ class DriverAddresses:
         self._holes: list[tuple[int, int]] = [(BASE, ARENA), (BASE + 2 * ARENA, UPPER_HOLE)]
         self._next_chunk = BASE
         self._first = True
+        self._too_large = 1 << 62  # no hole holds a request of this size or more
 
     def take(self, size: int) -> int:
         """Address of a new segment of ``size`` bytes."""
         if self._first:
             self._first = False
             return BASE + ARENA
-        for i, (start, length) in enumerate(self._holes):
+        for i, (start, length) in enumerate(self._holes if size < self._too_large else ()):
             if length >= size:
                 if length == size:
                     del self._holes[i]
                 else:
                     self._holes[i] = (start + size, length - size)
                 return start
+        self._too_large = min(self._too_large, size)
         chunk = -(-size // CHUNK) * CHUNK
         self._next_chunk -= chunk
         if chunk > size:
-            insort(self._holes, (self._next_chunk + size, chunk - size))
+            self._add(self._next_chunk + size, chunk - size)
         return self._next_chunk
+
+    def _add(self, start: int, length: int) -> None:
+        insort(self._holes, (start, length))
+        self._too_large = max(self._too_large, length + 1)
 
     def give(self, address: int, size: int) -> None:
         """A segment went back to the driver: its address space is a hole again, joined with its neighbours."""
-        insort(self._holes, (address, size))
+        self._add(address, size)
         joined: list[tuple[int, int]] = []
         for start, length in self._holes:
             if joined and sum(joined[-1]) == start:
@@ -55,3 +61,4 @@ class DriverAddresses:
             else:
                 joined.append((start, length))
         self._holes = joined
+        self._too_large = max(length for _, length in joined) + 1
