@@ -26,6 +26,17 @@ class Parser(argparse.ArgumentParser):
     def add_overrides(self) -> None:
         self.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings in Hydra's override grammar")
 
+    def add_records(self, nargs: str = "*") -> None:
+        """Paths of records and ``--where``, which chooses among them."""
+        self.add_argument("paths", nargs=nargs, metavar="DIR", help="run folders, studies, record files or bundles")
+        self.add_argument(
+            "--where",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE[,VALUE]",
+            help="only runs with this setting (dotted, or a group such as parallel); again: all must hold",
+        )
+
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Options and positionals in any order."""
         return self.parse_intermixed_args(argv)

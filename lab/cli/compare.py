@@ -9,30 +9,47 @@ from pathlib import Path
 
 from lab.cli.arguments import Parser
 from lab.compare import comparison_row
+from lab.config import ConfigError
+from lab.report.study import ledger_table, study_table
 from lab.report.table import run_table
 from lab.track.bundle import read_records
+from lab.track.select import select
+from lab.vocab import STEP_PHASES, StepPhase
 
-HELP = """Table of recorded runs: the settings that differ, predicted, measured, error, step time.
+HELP = """Table of recorded runs: the settings that differ, predicted (before the run), measured, error, speed.
 
   lab compare                        every run under outputs/
   lab compare outputs/zero_stages    one study
-  lab compare experiments/*/*.jsonl --markdown
+  lab compare experiments --where model=1b --where parallel=zero1,zero2 --markdown
+  lab compare experiments/zero_stages --textbook           beside the published formulas, as Markdown
+  lab compare experiments/zero_stages --ledger forward     measured categories at forward's end, as Markdown
 """
 
 
 def run(argv: Sequence[str]) -> int:
     parser = Parser("compare", HELP)
-    parser.add_argument("paths", nargs="*", metavar="DIR", help="run folders, studies, record files or bundles")
-    parser.add_argument("--json", action="store_true", help="a list with one object per run")
-    parser.add_argument("--markdown", action="store_true", help="a Markdown table")
+    parser.add_records()
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="a list with one object per run")
+    form.add_argument("--markdown", action="store_true", help="a Markdown table for a study's page")
+    form.add_argument("--textbook", action="store_true", help="the Markdown table with the published formulas beside")
+    form.add_argument("--ledger", choices=[p.value for p in STEP_PHASES], help="measured categories at a phase's end")
+    parser.add_argument("--overrides", action="store_true", help="Markdown: each run's settings in one column")
     arguments = parser.parse(argv)
     default = Path("outputs")
     paths = [Path(p) for p in arguments.paths] or ([default] if default.is_dir() else [])
-    found = list(read_records(paths))
+    found = list(select(read_records(paths), arguments.where))
+    records = [record for _, record in found]
+    if arguments.where and not found:
+        raise ConfigError("--where", " ".join(arguments.where), "no record has these settings")
     if arguments.json:
         print(json.dumps([comparison_row(record, source) for source, record in found], indent=1))
-    elif found:
-        print(run_table([record for _, record in found], markdown=arguments.markdown))
-    else:
+    elif not found:
         print(f"no records under {', '.join(str(p) for p in paths) or 'outputs/'}", file=sys.stderr)
+    elif arguments.ledger:
+        print(ledger_table(records, StepPhase(arguments.ledger)))
+    elif arguments.markdown or arguments.textbook:
+        print(study_table(records, arguments.textbook, arguments.overrides))
+    else:
+        print(run_table(records))
     return 0

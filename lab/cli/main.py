@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("compare", "table of recorded runs: predicted, measured, error, step time"),
     "validate": ("validate", "error of today's formulas over recorded runs; exit 1 beyond tolerance"),
     "bundle": ("bundle", "many records into one small file to commit"),
+    "tables": ("tables", "every marked table of the READMEs, made anew; --check: is one stale?"),
     "benchmark": ("benchmark", "speed of training, cost of measuring, time of a prediction"),
 }
 

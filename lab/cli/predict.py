@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from lab.analytic import predict
 from lab.cli.arguments import Parser
+from lab.cli.points import Point, study_points
 from lab.config import load
 from lab.record import Moment, Prediction, StepPrediction
-from lab.report.text import text_table
+from lab.report.text import markdown_table, text_table
 from lab.units import gib_text, readable
 from lab.vocab import MemoryCategory
 
@@ -17,6 +18,8 @@ HELP = """Predicts the memory of one run from its configuration alone: no torch,
 
   lab predict model=7b parallel=zero3 world_size=4 hardware=h200 train.seq_len=2048
   lab predict experiment=zero_stages parallel=zero2 --json
+  lab predict experiment=zero_stages --points                     every point of a study
+  lab predict model=7b world_size=8 hardware=h200 parallel=zero2,zero3 checkpointing=none,full --points
 """
 
 
@@ -24,10 +27,29 @@ def run(argv: Sequence[str]) -> int:
     parser = Parser("predict", HELP)
     parser.add_overrides()
     parser.add_argument("--json", action="store_true", help="the stable JSON object instead of a table")
+    parser.add_argument("--points", action="store_true", help="a Markdown table: a study's points, or those of a=x,y")
     arguments = parser.parse(argv)
+    if arguments.points:
+        print(points_text(study_points(arguments.overrides)))
+        return 0
     prediction = predict(load(arguments.overrides))
     print(json.dumps(prediction.to_cli_json(), indent=1) if arguments.json else prediction_text(prediction))
     return 0
+
+
+def points_text(points: Sequence[Point]) -> str:
+    """One row per point, steady state, worst rank; a point that breaks a rule shows the reason."""
+    rows = []
+    for point in points:
+        label = point.label or " ".join(point.overrides)
+        if point.cfg is None:
+            rows.append([label, f"invalid: {point.reason}", "-", "-"])
+        else:
+            steady = predict(point.cfg).steady
+            levels = (steady.allocated_bytes, steady.reserved_bytes, steady.device_used_bytes)
+            rows.append([label, *(gib_text(v) for v in levels)])
+    note = "Predicted peak of the steady step, maximum across all GPUs (ranks); GiB = 2^30 bytes."
+    return f"{markdown_table(['settings', 'allocated GiB', 'reserved GiB', 'device used GiB'], rows)}\n\n{note}"
 
 
 def prediction_text(prediction: Prediction) -> str:

@@ -21,9 +21,19 @@ BUNDLE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz")
 def read_records(paths: Iterable[Path]) -> Iterator[tuple[str, RunRecord]]:
     """(source, record) of every record under ``paths``, in order of path; run folders sort by time.
 
-    The source is the record's path, or ``bundle:line``. Raises ConfigError for a path that does not
+    A run that several files hold (a study's records are a part of a larger set's) comes once. The source is the
+    record's path, or ``bundle:line``. Raises ConfigError for a path that does not
     exist or a file that is no record, and for a record of another schema version.
     """
+    seen: set[tuple[str, str, str]] = set()
+    for source, record in _all_records(paths):
+        run = (record.name, record.run_id, record.started_at)
+        if run not in seen:
+            seen.add(run)
+            yield source, record
+
+
+def _all_records(paths: Iterable[Path]) -> Iterator[tuple[str, RunRecord]]:
     for path in paths:
         if path.is_dir():
             for found in sorted(path.rglob("*")):
