@@ -1,13 +1,12 @@
-"""``lab validate``: how far today's formulas are from every recorded measurement."""
+"""``lab validate``: how far today's formulas (or the predictions made before the runs) are from what was measured."""
 
 from __future__ import annotations
 
 import functools
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lab.analytic import predict
 from lab.analytic.published import FORMULAS
@@ -15,18 +14,19 @@ from lab.cli.arguments import Parser
 from lab.cli.formulas import show
 from lab.compare import residuals
 from lab.config import ConfigError, HardwareConfig, RunConfig, load, run_config_from_json
-from lab.record import Residual, RunRecord
-from lab.report.text import text_table
+from lab.record import Prediction, Residual, RunRecord
+from lab.report.errors import LEVELS, STATES, PointError, as_json, as_markdown, as_text
 from lab.track.bundle import read_records
-from lab.vocab import MemoryCategory, MemoryLevel, RunStatus, StepPhase
+from lab.track.select import select
+from lab.vocab import MemoryCategory, RunStatus, StepPhase
 
 HELP = """Predicts every recorded run again with today's formulas and shows the errors. Exit code 1 beyond a tolerance.
 
   lab validate                                  every run under outputs/
   lab validate experiments --tolerance-allocated 5 --tolerance-states 0.1
+  lab validate experiments/h200_blind --recorded   the predictions as they were made, before the runs
   lab validate experiments --formula all          published formulas on the same runs, beside the lab
 """
-STATES = "states"  # parameters, copies, gradients, optimizer: what lies between two steps
 _STATE_CATEGORIES = (
     MemoryCategory.PARAMETERS,
     MemoryCategory.MASTER_WEIGHTS,
@@ -34,30 +34,16 @@ _STATE_CATEGORIES = (
     MemoryCategory.OPTIMIZER_STATES,
     MemoryCategory.QUANTIZATION_STATE,
 )
-LEVELS = (MemoryLevel.ALLOCATED.value, MemoryLevel.RESERVED.value, MemoryLevel.DEVICE_USED.value, STATES)
-
-
-@dataclass(frozen=True)
-class PointError:
-    """One quantity of one run: predicted today against measured then."""
-
-    level: str
-    source: str
-    strategy: str
-    label: str
-    predicted_bytes: int
-    measured_bytes: int
-
-    @property
-    def percent(self) -> float:
-        """Signed, predicted over measured minus one."""
-        return 100.0 * (self.predicted_bytes / self.measured_bytes - 1.0)
 
 
 def run(argv: Sequence[str]) -> int:
     parser = Parser("validate", HELP)
-    parser.add_argument("paths", nargs="*", metavar="DIR", help="run folders, studies, record files or bundles")
-    parser.add_argument("--json", action="store_true", help="points, and per level median, p90, worst")
+    parser.add_records()
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="points, and per level median, p90, worst")
+    form.add_argument("--markdown", action="store_true", help="a Markdown table, one row per level")
+    parser.add_argument("--by-strategy", action="store_true", help="Markdown: rows per strategy too")
+    parser.add_argument("--recorded", action="store_true", help="errors of the predictions written before the runs")
     parser.add_argument(
         "--formula", metavar="NAME", help=f"published formulas, `all` or some of {', '.join(FORMULAS)}, with commas"
     )
@@ -68,28 +54,39 @@ def run(argv: Sequence[str]) -> int:
     arguments = parser.parse(argv)
     paths = [Path(p) for p in arguments.paths or ["outputs"]]
     if arguments.formula:
-        chosen = read_records(paths)
-        print(show(chosen, arguments.formula, _with_todays_hardware, arguments.json))
+        chosen = select(read_records(paths), arguments.where)
+        print(show(chosen, arguments.formula, _with_todays_hardware, arguments.json, arguments.by_strategy))
         return 0
-    points, errors = validate(read_records(paths))
+    points, errors = validate(select(read_records(paths), arguments.where), recorded=arguments.recorded)
     if not points:
-        raise ConfigError("records", " ".join(str(p) for p in paths), "no finished run with two measured steps there")
+        asked = " ".join([*(str(p) for p in paths), *arguments.where])
+        raise ConfigError("records", asked, "no finished run with two measured steps there")
     tolerances = {level: getattr(arguments, f"tolerance_{level}") for level in LEVELS}
     beyond = [e for e in errors if (limit := tolerances[e.level]) is not None and abs(e.percent) > limit]
-    print(
-        json.dumps(_as_json(points, errors, beyond), indent=1) if arguments.json else _as_text(points, errors, beyond)
-    )
+    whose = "the predictions written before the runs" if arguments.recorded else "today's formulas"
+    if arguments.json:
+        print(json.dumps(as_json(points, errors, beyond), indent=1))
+    elif arguments.markdown:
+        print(as_markdown(points, errors, whose, arguments.by_strategy))
+    else:
+        print(as_text(points, errors, beyond, whose))
     return 1 if beyond else 0
 
 
-def validate(records: Iterable[tuple[str, RunRecord]]) -> tuple[int, list[PointError]]:
-    """(number of runs, errors of every level measured in them). Runs that did not finish are left out."""
+def validate(records: Iterable[tuple[str, RunRecord]], recorded: bool = False) -> tuple[int, list[PointError]]:
+    """(number of runs, errors of every level measured in them). Runs that did not finish are left out.
+
+    The prediction is today's, made from the recorded configuration; with ``recorded`` the one in the record.
+    """
     points, errors = 0, []
     for source, record in records:
         if record.status is not RunStatus.OK or record.steady_step is None:
             continue
-        cfg = _with_todays_hardware(run_config_from_json(record.config))
-        found = _point_errors(source, cfg, residuals(predict(cfg), record.ranks))
+        cfg = run_config_from_json(record.config)
+        prediction: Prediction | None = record.prediction if recorded else predict(_with_todays_hardware(cfg))
+        if prediction is None:
+            continue
+        found = _point_errors(source, cfg, residuals(prediction, record.ranks))
         points += bool(found)
         errors += found
     return points, errors
@@ -122,59 +119,3 @@ def _point_errors(source: str, cfg: RunConfig, found: list[Residual]) -> list[Po
     if states:
         out.append(error(STATES, sum(r.predicted_bytes for r in states), sum(r.measured_bytes for r in states)))
     return [e for e in out if e.measured_bytes]
-
-
-def quantile(values: Sequence[float], fraction: float) -> float:
-    """Linear interpolation between the closest ranks; ``values`` not empty."""
-    ordered = sorted(values)
-    position = fraction * (len(ordered) - 1)
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
-def _statistics(errors: Sequence[PointError]) -> dict[str, float]:
-    absolute = [abs(e.percent) for e in errors]
-    return {"median": quantile(absolute, 0.5), "p90": quantile(absolute, 0.9), "worst": max(absolute)}
-
-
-def _by_level(errors: Sequence[PointError]) -> dict[str, list[PointError]]:
-    groups = {level: [e for e in errors if e.level == level] for level in LEVELS}
-    return {level: group for level, group in groups.items() if group}
-
-
-def _by_strategy(errors: Sequence[PointError]) -> dict[str, list[PointError]]:
-    return {s: [e for e in errors if e.strategy == s] for s in dict.fromkeys(e.strategy for e in errors)}
-
-
-def _worst(errors: Sequence[PointError], count: int = 10) -> list[PointError]:
-    allocated = [e for e in errors if e.level == MemoryLevel.ALLOCATED]
-    return sorted(allocated, key=lambda e: -abs(e.percent))[:count]
-
-
-def _as_json(points: int, errors: Sequence[PointError], beyond: Sequence[PointError]) -> dict[str, Any]:
-    def entry(e: PointError) -> dict[str, Any]:
-        return {"level": e.level, "record": e.source, "run": e.label, "error_percent": e.percent}
-
-    out: dict[str, Any] = {"points": points}
-    for level, group in _by_level(errors).items():
-        strategies = {s: _statistics(g) for s, g in _by_strategy(group).items()}
-        out[level] = {**_statistics(group), "strategies": strategies}
-    out["worst_points"] = [entry(e) for e in _worst(errors)]
-    out["beyond_tolerance"] = [entry(e) for e in beyond]
-    return out
-
-
-def _as_text(points: int, errors: Sequence[PointError], beyond: Sequence[PointError]) -> str:
-    headers = ["level", "strategy", "runs", "median %", "p90 %", "worst %"]
-    rows = []
-    for level, group in _by_level(errors).items():
-        for strategy, part in {"all": group, **_by_strategy(group)}.items():
-            rows.append([level, strategy, str(len(part)), *(f"{v:.2f}" for v in _statistics(part).values())])
-    worst = [
-        [f"{e.percent:+.2f}", f"{e.predicted_bytes - e.measured_bytes:+,}", e.label, e.source] for e in _worst(errors)
-    ]
-    lines = [f"{points} runs; absolute error of today's formulas, steady state, worst rank:", text_table(headers, rows)]
-    lines += ["", "largest errors of allocated:", text_table(["error %", "bytes", "run", "record"], worst)]
-    lines += [f"beyond tolerance: {e.level} {e.percent:+.2f} % {e.label} {e.source}" for e in beyond]
-    return "\n".join(lines)
