@@ -165,6 +165,8 @@ class FaultHandler:
                 moment["allocated_bytes"] = reading.end_allocated_bytes
                 moment["reserved_bytes"] = reading.end_reserved_bytes
                 moment["device_used_bytes"] = reading.device_used_bytes
+            if (step := meter.unfinished_step) is not None and meter.current_phase in step.phases:
+                moment["peak_allocated_bytes"] = step.phases[meter.current_phase].peak_allocated_bytes
         moment["requested_bytes"] = requested_bytes(message)
         return moment
 

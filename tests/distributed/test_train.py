@@ -84,6 +84,7 @@ def test_fault_of_another_rank(tmp_path: Path, small: list[str], fault: str, sta
         assert record.oom["requested_bytes"] == 2 << 30
         # Weights, moments and DDP's bucket of the small model at least.
         assert record.oom["allocated_bytes"] > 5 * 4 * 2048 * 128
+        assert record.oom["peak_allocated_bytes"] >= record.oom["allocated_bytes"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
