@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lab.analytic.published.korthikanti import states_and_activations
+from lab.analytic.published.zero import zero_table1
 from lab.compare import comparison_row
 from lab.config import run_config_from_json
 from lab.record import PhaseReading, RunRecord
 from lab.report.settings import STANDING, cell, differing_settings, flatten, header, overrides_text
 from lab.report.table import FOOTNOTE, digits_for, gib, number, percent
 from lab.report.text import markdown_table
-from lab.report.textbook import Textbook, textbook
 from lab.units import error_percent
 from lab.vocab import MemoryCategory, StepPhase
 
 TEXTBOOK_NOTE = (
-    "Textbook: states by ZeRO's Table 1 (16 bytes per parameter in mixed precision), total with Korthikanti's "
-    "activations (lab/report/textbook.py)."
+    "Textbook (lab/analytic/published): states by ZeRO's Table 1, 16 bytes per parameter before sharding; total with "
+    "Korthikanti's activations and logits; both are about Adam in mixed precision only."
 )
 
 
@@ -100,14 +101,13 @@ def _machines(records: Sequence[RunRecord]) -> str:
 
 
 def _textbook_cells(record: RunRecord, row: Mapping[str, Any], digits: int) -> list[str]:
-    found: Textbook | None = None
-    if record.prediction is not None:
-        found = textbook(run_config_from_json(record.config), record.prediction.num_parameters)
-    if found is None:
+    """States, total and the total's error; dashes where the papers do not cover the run."""
+    if record.prediction is None:  # an invalid point has no configuration to ask about
         return ["-", "-", "-"]
-    total, measured = found.total_bytes, row["measured_allocated_bytes"]
+    cfg = run_config_from_json(record.config)
+    total, measured = states_and_activations(cfg), row["measured_allocated_bytes"]
     error = error_percent(total, measured) if total is not None and measured else None
-    return [gib(found.state_bytes, digits), gib(total, digits), "-" if error is None else f"{error:+.0f}"]
+    return [gib(zero_table1(cfg), digits), gib(total, digits), "-" if error is None else f"{error:+.0f}"]
 
 
 def _ledger(record: RunRecord, phase: StepPhase) -> PhaseReading | None:
