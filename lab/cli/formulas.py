@@ -111,7 +111,8 @@ def _groups(points: Sequence[Point], by_strategy: bool) -> dict[tuple[str, str, 
     for point in points:
         for strategy in ("all", point.strategy) if by_strategy else ("all",):
             groups.setdefault((point.formula, point.quantity, strategy), []).append(point)
-    return groups
+    order = list(FORMULAS)  # all strategies of one quantity side by side
+    return dict(sorted(groups.items(), key=lambda g: (order.index(g[0][0]), g[0][1] != PEAK)))
 
 
 def formulas_text(points: Sequence[Point], formulas: Sequence[Formula], by_strategy: bool = False) -> str:

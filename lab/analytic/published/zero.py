@@ -46,7 +46,7 @@ ZERO_TABLE1 = Formula(
     part_name="states",
     missing=(
         "Missing: activations, logits and loss; then buckets and gathered parameters, so that stages 2 and 3 need more "
-        "than it says; torch's autocast keeps fp32 weights and gradients (16 psi too, but 4 + 4 + 8)."
+        "than it says. Whole gradients of stage 1, and of fsdp_grad_op as stage 2 weights, are there in backward only."
     ),
 )
 RULE16 = Formula(
