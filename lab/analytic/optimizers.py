@@ -74,7 +74,8 @@ class Optimizer:
 def clip_gradients(tape: Tape, count: int, itemsize: int) -> Tensor:
     """torch.nn.utils.clip_grad_norm_: a norm per gradient, their stack, the total and the coefficient.
 
-    Scalars only, in the gradients' type (foreach multiplies in place). Returns the total norm, which the caller may keep.
+    Scalars only, in the gradients' type (foreach multiplies in place). Returns the total norm, which the caller may
+    keep.
     """
     norms = [tape.new(1, itemsize, "gradient norm") for _ in range(count)]
     stacked = tape.new(count, itemsize, "gradient norms")
