@@ -164,6 +164,12 @@ def _moment(cfg: RunConfig, rank: int, at: str) -> _Moment:
     return _Moment(replay, index, phase, rank, curve[index], sizes)
 
 
+def peak_blocks(cfg: RunConfig, rank: int) -> list[Live]:
+    """Storages that are live at the steady step's peak on one rank; sizes as requested, rounded up."""
+    found = _moment(cfg, rank, PEAK)
+    return live_at(found.replay, found.index, found.sizes)
+
+
 def live_at(replay: Replay, index: int, sizes: Sequence[int] | None) -> list[Live]:
     """Storages that are live after the event at ``index``, in the order in which they were made."""
     live: dict[int, Live] = {}

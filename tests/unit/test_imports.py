@@ -22,10 +22,10 @@ LAB = Path(__file__).resolve().parents[2] / "lab"
 # A room may import rooms of earlier lines, and of its own set in its own line.
 LEVELS: list[list[set[str]]] = [
     [{"vocab", "units"}],
-    [{"config", "record"}],
+    [{"config", "record", "history"}],
     [{"analytic"}, {"model", "transforms", "parallel", "optim", "data"}, {"measure"}],
     [{"build", "loop", "metrics", "progress"}],
-    [{"compare"}],
+    [{"compare", "block_diff"}],
     [{"track", "report"}],
     [{"launch", "run_state", "faults"}],
     [{"train", "cli"}],
@@ -33,7 +33,7 @@ LEVELS: list[list[set[str]]] = [
 PLACE = {
     room: (level, group) for level, sets in enumerate(LEVELS) for group, rooms in enumerate(sets) for room in rooms
 }
-WITHOUT_TORCH = {"vocab", "units", "config", "record", "analytic"}
+WITHOUT_TORCH = {"vocab", "units", "config", "record", "history", "analytic"}
 IN_ONE_PLACE = ("deepspeed", "bitsandbytes", "peft", "wandb")
 
 
