@@ -133,11 +133,11 @@ def test_invalid_points_are_recorded_once_and_do_not_stop_the_rest(tmp_path: Pat
 
 
 def test_jobs_run_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first point ends when it sees the record of another, which one after the other it never would."""
     code, found = run_sweep(tmp_path, [fake_point.WAITS, 20, 21], "--jobs", "2", "launch.timeout_s=60")
     assert code == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
     assert [line[:5] for line in lines] == ["[1/3]", "[2/3]", "[3/3]"]
-    assert "seed=20" in lines[0]  # the first point waited for it
     assert set(found) == {fake_point.WAITS, 20, 21}
 
 
