@@ -177,8 +177,8 @@ class Ops:
     def dropout(self, x: Tensor, label: str) -> Tensor:
         """Keeps a mask; backward makes the masked gradient.
 
-        CUDA: native_dropout, a bool mask made before the output (cuda/Dropout.cu). CPU: noise of x's type, then the product
-        (aten/src/ATen/native/Dropout.cpp).
+        CUDA: native_dropout, a bool mask made before the output (cuda/Dropout.cu). CPU: noise of x's type, then the
+        product (aten/src/ATen/native/Dropout.cpp).
         """
         numel, itemsize, tape = x.numel, x.itemsize, self.tape
         if tape.trace.on_device_kernels:
