@@ -6,6 +6,7 @@ All byte counts are ints; all times are seconds. Nothing here knows how a number
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import types
@@ -203,6 +204,12 @@ def to_json(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """Field -> type of a dataclass; resolving the names takes longer than everything else in reading a record."""
+    return typing.get_type_hints(cls)
+
+
 def from_json(cls: Any, tree: Any) -> Any:
     """Inverse of ``to_json`` for a type of this module. Unknown keys are ignored (newer writers)."""
     if isinstance(cls, types.UnionType):
@@ -217,7 +224,7 @@ def from_json(cls: Any, tree: Any) -> Any:
     if cls is MemoryBreakdown:
         return MemoryBreakdown.of(tree)
     if isinstance(cls, type) and dataclasses.is_dataclass(cls):
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         return cls(
             **{f.name: from_json(hints[f.name], tree[f.name]) for f in dataclasses.fields(cls) if f.name in tree}
         )
