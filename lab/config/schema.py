@@ -168,6 +168,8 @@ class HardwareConfig:
     cublaslt_workspace_bytes: int = 0  # per (handle, stream); 0: unified with cuBLAS's
     nccl_bytes: int = 0  # first communicator, outside PyTorch's allocator
     nccl_deepspeed_bytes: int = 0  # DeepSpeed's further communicators
+    nccl_further_bytes: int = 0  # a second communicator: HSDP's shard and replicate groups
+    nccl_one_rank_bytes: int = 0  # a communicator of one rank that collectives ran on: DeepSpeed on one GPU
     allocation_alignment_bytes: int = 1  # the caching allocator rounds sizes up to this (512 on CUDA)
     dense_bf16_flops: float = 0.0  # peak FLOP/s, for model FLOPs utilisation
 
