@@ -192,7 +192,7 @@ class Ops:
 
     # -- linear ------------------------------------------------------------------------------
 
-    def linear(self, x: Tensor, w: Parameter, b: Parameter | None, rows: int, label: str, keep: bool = True) -> Tensor:
+    def linear(self, x: Tensor, w: Parameter, b: Parameter | None, rows: int, label: str) -> Tensor:
         """x [rows, in] @ w.T [in, out] (+ b). Keeps x and w (their autocast copies under autocast).
 
         Backward without bias: weight gradient, then input gradient (mm); with bias: input gradient,

@@ -22,7 +22,7 @@ from sys import getrefcount
 
 from lab.vocab import MemoryCategory
 
-FP32, BF16, FP16, INT64, BOOL = 4, 2, 2, 8, 1
+FP32, BF16, INT64, BOOL = 4, 2, 8, 1  # bytes per element; fp16's are bf16's
 
 ALLOC, FREE, MOVE, MARK, EMPTY_CACHE = 0, 1, 2, 3, 4
 Event = tuple[int, int, int, str, str, int]

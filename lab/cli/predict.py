@@ -32,8 +32,10 @@ def run(argv: Sequence[str]) -> int:
     if arguments.points:
         print(points_text(study_points(arguments.overrides)))
         return 0
-    prediction = predict(load(arguments.overrides))
-    print(json.dumps(prediction.to_cli_json(), indent=1) if arguments.json else prediction_text(prediction))
+    cfg = load(arguments.overrides)
+    prediction = predict(cfg)
+    capacity = cfg.hardware.capacity_bytes
+    print(json.dumps(prediction.to_cli_json(), indent=1) if arguments.json else prediction_text(prediction, capacity))
     return 0
 
 
@@ -52,7 +54,15 @@ def points_text(points: Sequence[Point]) -> str:
     return f"{markdown_table(['settings', 'allocated GiB', 'reserved GiB', 'device used GiB'], rows)}\n\n{note}"
 
 
-def prediction_text(prediction: Prediction) -> str:
+def fit_text(prediction: Prediction, capacity_bytes: int) -> str:
+    """Does the larger of first and steady step's device use fit the GPU, and with how much to spare?"""
+    need = max(prediction.steady.device_used_bytes, prediction.first_step.device_used_bytes)
+    verdict = "fits" if need <= capacity_bytes else "does not fit"
+    margin = f"{readable(abs(capacity_bytes - need))} {'to spare' if need <= capacity_bytes else 'too much'}"
+    return f"  capacity    {readable(capacity_bytes):>12}  {verdict}, {margin}"
+
+
+def prediction_text(prediction: Prediction, capacity_bytes: int = 0) -> str:
     """Levels at the peak, then phases x categories in GiB, steady state and first step."""
     steady, first = prediction.steady, prediction.first_step
     lines = [
@@ -60,6 +70,7 @@ def prediction_text(prediction: Prediction) -> str:
         f"  allocated   {readable(steady.allocated_bytes):>12}  ({readable(first.allocated_bytes)})",
         f"  reserved    {readable(steady.reserved_bytes):>12}  ({readable(first.reserved_bytes)})",
         f"  device used {readable(steady.device_used_bytes):>12}  ({readable(first.device_used_bytes)})",
+        *([fit_text(prediction, capacity_bytes)] if capacity_bytes else []),
         "",
         "allocated bytes by phase and category, steady state, GiB = 2^30 bytes:",
         _phase_table(steady),

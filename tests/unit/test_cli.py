@@ -211,3 +211,12 @@ def test_tables_align_numbers_to_the_right() -> None:
     rows = [["ddp", "1.0"], ["fsdp", "-12.5"]]
     assert text_table(["a", "b"], rows).splitlines() == ["a         b", "----  -----", "ddp     1.0", "fsdp  -12.5"]
     assert markdown_table(["a", "b"], rows).splitlines()[1] == "|---|---:|"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "verdict"), [(["model=tiny"], "fits, "), (["model=7b", "parallel=ddp"], "does not fit, ")]
+)
+def test_predict_says_whether_it_fits(overrides: list[str], verdict: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "hardware=h200", *overrides, "world_size=1", "train.micro_batch_size=2"]) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.strip().startswith("capacity"))
+    assert verdict in line
