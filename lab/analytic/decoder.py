@@ -173,16 +173,24 @@ class Decoder:
             x = hooks.post_forward(i, x)
         if cfg.loss.kind == "cross_entropy":
             loss = self._head_loss(self._norm(x, "norm"), self.rows)
+        elif cfg.loss.kind == "in_place":
+            loss = self._in_place_loss(self._norm(x, "norm"))
         else:
             loss = self._chunked_loss(self._norm(x, "norm"))
         del x  # forward's local variable: alive until the loss is there
         return hooks.post_forward(-1, hooks.leave("", loss))
 
-    def _head_loss(self, x: Tensor, rows: int, keep_logits: bool = False) -> Tensor:
-        """Logits, their fp32 copy, the loss. ``keep_logits``: a local variable holds the logits to the end."""
+    def _logits(self, x: Tensor, rows: int) -> Tensor:
         name = "embedding" if self.cfg.model.tied_head else "head"
         x = self.hooks.enter("head", x)
-        logits = self.hooks.leave("head", self.ops.linear(x, self.p[f"{name}.weight"], None, rows, "logits"))
+        return self.hooks.leave("head", self.ops.linear(x, self.p[f"{name}.weight"], None, rows, "logits"))
+
+    def _in_place_loss(self, x: Tensor) -> Tensor:
+        return self.ops.in_place_cross_entropy(self._logits(x, self.rows), self.rows)
+
+    def _head_loss(self, x: Tensor, rows: int, keep_logits: bool = False) -> Tensor:
+        """Logits, their fp32 copy, the loss. ``keep_logits``: a local variable holds the logits to the end."""
+        logits = self._logits(x, rows)
         wide = self.ops.cast(logits, FP32, "logits, fp32")
         if not keep_logits:
             del logits

@@ -91,6 +91,10 @@ class Ops:
             y.node = Node(tape, [x], backward)
         return y
 
+    def cast_alone(self, x: Tensor, itemsize: int, label: str) -> Tensor:
+        """x.to(dtype) where no graph is made; x itself if it has that type."""
+        return x if x.itemsize == itemsize else self.new(x.numel, itemsize, label, _kept(x))
+
     def weight(self, p: Parameter) -> Tensor:
         """The parameter as an operand under autocast: its cached cast."""
         if self.amp is None or self.amp == p.tensor.itemsize:
@@ -369,6 +373,33 @@ class Ops:
         loss = self.new(1, FP32, "loss", LOSS)
         self.tape.save(nll, self.new(1, FP32, "total weight", LOSS))
         loss.node = nll
+        return loss
+
+    def in_place_cross_entropy(self, logits: Tensor, rows: int) -> Tensor:
+        """lab.model.loss.InPlaceCrossEntropy: keeps the log-softmax, which becomes fp32 logits' gradient itself.
+
+        Backward: a column of fp32 ones, two scalars, and for half-precision logits a gradient of their type.
+        """
+        numel, size, tape = logits.numel, logits.itemsize, self.tape
+        wide = self.cast_alone(logits, FP32, "logits, fp32")
+        log_softmax = self.new(numel, FP32, "log-softmax", LOSS)
+        del wide
+        kept: list[Tensor] = []  # what ctx.saved_tensors gives the backward
+
+        def backward(grads: Grads) -> Grads:
+            source = kept.pop()
+            ones = self.new(rows, FP32, "loss one-hot column", LOSS)
+            scale = self.new(1, FP32, "loss scale factor", LOSS)
+            gradient = source.view() if size == FP32 else self.new(numel, size, "logits gradient", LOSS)
+            del ones, scale, source
+            return [gradient]
+
+        total_weight = self.new(1, FP32, "total weight", LOSS)
+        loss = self.new(1, FP32, "loss", LOSS)
+        del total_weight
+        node = Node(tape, [logits], backward, [log_softmax])
+        kept.append(log_softmax)
+        loss.node = node
         return loss
 
     def split(self, x: Tensor, counts: list[int], label: str) -> list[Tensor]:

@@ -83,7 +83,7 @@ def values_of(cfg: RunConfig) -> dict[str, tuple[int, ...]]:
     m, t, zero = cfg.model, cfg.train, cfg.parallel.zero
     specs, world, group = parameters(m), cfg.world_size, cfg.fsdp_shard_size
     rows = t.micro_batch_size * t.seq_len
-    chunk = rows if cfg.loss.kind == "cross_entropy" else -(-rows // cfg.loss.num_chunks)
+    chunk = rows if cfg.loss.kind != "chunked" else -(-rows // cfg.loss.num_chunks)
     shards = [-(-s.numel // world) for s in specs]
     single = {"b": t.micro_batch_size, "s": t.seq_len, "h": m.hidden_size, "f": m.intermediate_size}
     single |= {"n": m.num_heads, "k": m.num_kv_heads, "d": m.head_dim, "v": m.vocab_size, "steps": t.steps}

@@ -13,7 +13,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.position": ("rope", "learned"),
     "data.kind": ("python_stdlib", "text", "hf"),
     "parallel.fsdp.reduce_dtype": ("fp32", "param"),
-    "loss.kind": ("cross_entropy", "chunked"),
+    "loss.kind": ("cross_entropy", "in_place", "chunked"),
     "quantization.kind": ("none",),
     "adapter.kind": ("none",),
     "optimizer.kind": ("adamw", "sgd"),

@@ -110,7 +110,7 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    kind: str = "cross_entropy"  # cross_entropy | chunked
+    kind: str = "cross_entropy"  # cross_entropy | in_place | chunked
     num_chunks: int = 8  # kind=chunked: token chunks whose logits exist one at a time
 
 

@@ -27,6 +27,8 @@ OPTIONS = {
     "checkpointed": ["checkpointing=full", "loss=chunked"],
     "selective": ["checkpointing=selective", "precision=bf16_pure"],
     "gpt2": [*GPT2, "model.tied_head=true", "model.dropout=0.1"],
+    "in place": ["loss=in_place"],
+    "in place, fp32": ["loss=in_place", "precision=fp32"],
     "eager, GQA": ["attention=eager", "model.num_kv_heads=2"],
     "math": ["attention=math", "model.num_kv_heads=2", "precision=fp32"],
     "memory-efficient": ["attention=mem_efficient"],

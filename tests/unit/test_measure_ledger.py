@@ -71,6 +71,7 @@ CASES = [
     ["precision=bf16_mixed", "checkpointing=full"],
     ["precision=fp32", "checkpointing=selective"],
     ["precision=fp32", "loss=chunked", "attention=eager"],
+    ["precision=bf16_mixed", "loss=in_place"],
     ["precision=fp32", "model.tied_head=true", "model.norm=layernorm", "model.mlp=gelu", "model.position=learned"],
 ]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.backends.debugging import aot_eager
 
 from lab.build import build
@@ -15,6 +16,7 @@ from lab.config import RunConfig, load
 from lab.data import Batches
 from lab.loop import Losses, live_tensors, train
 from lab.measure import Meter
+from lab.model.loss import InPlaceCrossEntropy
 from lab.vocab import MemoryCategory
 
 CPU = torch.device("cpu")
@@ -86,6 +88,21 @@ def test_chunked_loss_is_the_loss(precision: str) -> None:
     common = [f"precision={precision}", "train.micro_batch_size=2"]
     whole, chunked = losses_of(*common), losses_of(*common, "loss=chunked", "loss.num_chunks=3")
     assert chunked == pytest.approx(whole, rel=1e-6 if precision == "fp32" else 1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16_mixed", "bf16_pure"])
+def test_the_loss_with_its_gradient_in_place_is_the_loss(precision: str) -> None:
+    common = [f"precision={precision}", "train.micro_batch_size=2"]
+    whole, in_place = losses_of(*common), losses_of(*common, "loss=in_place")
+    assert in_place == pytest.approx(whole, rel=1e-6 if precision == "fp32" else 1e-3)
+
+
+def test_the_gradient_in_place_is_cross_entropys() -> None:
+    torch.manual_seed(0)
+    logits, targets = torch.randn(37, 101, requires_grad=True), torch.randint(0, 101, (37,))
+    expected = torch.autograd.grad(3 * F.cross_entropy(logits, targets), logits)[0]
+    found = torch.autograd.grad(3 * InPlaceCrossEntropy.apply(logits, targets), logits)[0]
+    torch.testing.assert_close(found, expected)
 
 
 def test_accumulation_is_the_larger_batch() -> None:
