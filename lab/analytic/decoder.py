@@ -11,6 +11,7 @@ from typing import Protocol
 
 from lab.analytic.attention import AttentionShape, attention, choose_backend, contiguous
 from lab.analytic.checkpoint import checkpoint
+from lab.analytic.losses import cross_entropy, in_place_cross_entropy
 from lab.analytic.norms import rmsnorm_composite
 from lab.analytic.ops import Ops, Parameter
 from lab.analytic.tape import BF16, FP32, Tensor
@@ -186,7 +187,7 @@ class Decoder:
         return self.hooks.leave("head", self.ops.linear(x, self.p[f"{name}.weight"], None, rows, "logits"))
 
     def _in_place_loss(self, x: Tensor) -> Tensor:
-        return self.ops.in_place_cross_entropy(self._logits(x, self.rows), self.rows)
+        return in_place_cross_entropy(self.ops, self._logits(x, self.rows), self.rows)
 
     def _head_loss(self, x: Tensor, rows: int, keep_logits: bool = False) -> Tensor:
         """Logits, their fp32 copy, the loss. ``keep_logits``: a local variable holds the logits to the end."""
@@ -194,7 +195,7 @@ class Decoder:
         wide = self.ops.cast(logits, FP32, "logits, fp32")
         if not keep_logits:
             del logits
-        return self.ops.cross_entropy(wide, rows)
+        return cross_entropy(self.ops, wide)
 
     def _chunked_loss(self, x: Tensor) -> Tensor:
         """lab.model.loss: chunks of ceil(rows / num_chunks) tokens, each checkpointed, their losses summed."""
