@@ -16,6 +16,8 @@ def assumptions(cfg: RunConfig) -> list[str]:
             out.append(
                 f"hardware={cfg.hardware.name}: CUDA context and NCCL not measured, device_used is too low by them"
             )
+        if not cfg.hardware.num_streaming_multiprocessors:
+            out.append(f"hardware={cfg.hardware.name}: number of multiprocessors not known, no scratch of reductions")
     else:
         out.append(
             "CPU: bytes of live tensors as PyTorch's dispatcher sees them; kernels' own scratch memory is not seen"

@@ -48,7 +48,7 @@ class Ops:
     amp: int | None = None
     cast_cache: dict[str, Tensor] = field(default_factory=dict)
     linear_keeps_parameter: bool = False  # DeepSpeed's LinearFunctionForZeroStage3
-    num_streaming_multiprocessors: int = 132
+    num_streaming_multiprocessors: int = 0  # a row of the hardware table
     workspace_bytes: int = 0
     lt_workspace_bytes: int = 0
     workspaces: dict[str, Tensor] = field(default_factory=dict)

@@ -26,6 +26,7 @@ class Replay:
             self.tape,
             linear_keeps_parameter=self.rule.linear_keeps_parameter,
             workspace_bytes=cfg.hardware.cublas_workspace_bytes,
+            num_streaming_multiprocessors=cfg.hardware.num_streaming_multiprocessors,
             lt_workspace_bytes=cfg.hardware.cublaslt_workspace_bytes,
         )
         self.kept: list[object] = []

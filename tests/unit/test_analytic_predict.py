@@ -25,7 +25,7 @@ def mib(num_bytes: int) -> float:
     [("1b", 953_223_168), ("7b", 6_738_415_616), ("125m", 124_373_760)],
 )
 def test_parameter_counts(preset: str, parameters: int) -> None:
-    """1b: FACTS' model; 7b: Llama-2 7B (6 738 415 616); 125m: GPT-2 small without biases,
+    """1b: the size that the records carry; 7b: Llama-2 7B (6 738 415 616); 125m: GPT-2 small without biases,
     12 (12 h^2 + 2 h) + h + (50304 + 1024) h at h = 768."""
     assert num_parameters(load([f"model={preset}"]).model) == parameters
 
@@ -60,7 +60,7 @@ def test_pure_bf16_after_forward_by_hand() -> None:
     ],
 )  # fmt: skip
 def test_measured_1b_on_h200(overrides: list[str], after_forward: int, peak: int, after_step: int) -> None:
-    """The 1b table of the project's facts: H200, torch 2.11, MiB; its script held two batches fewer and no losses."""
+    """MiB on an H200, torch 2.11, by a script outside the lab, with two batch buffers fewer and no record of losses."""
     steady = predict(load([*SHAPE, "model=1b", *overrides])).steady
     phases = steady.phases
     assert mib(phases[StepPhase.FORWARD].end.total_bytes) == pytest.approx(after_forward, rel=1e-3)

@@ -125,7 +125,7 @@ def test_study_table_has_the_columns_that_differ_and_what_came_of_them() -> None
     assert "NVIDIA H200, torch 2." in common
     header, _, zero1, zero3 = table.splitlines()
     assert header == "| strategy | predicted GiB | measured GiB | error % | reserved GiB | step s | tokens/s |"
-    assert zero1.startswith("| zero1 | 17.004 | 17.004 |")  # FACTS: bytes that this run measured
+    assert zero1.startswith("| zero1 | 17.004 | 17.004 |")  # what this run measured
     assert zero3.startswith("| zero3 | 18.8")
     assert "maximum across all GPUs" in note
     assert "GiB = 2^30 bytes" in note

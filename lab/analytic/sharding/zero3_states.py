@@ -5,7 +5,6 @@ Source: DeepSpeed 0.19.8, runtime/zero/stage3.py (class and attribute names belo
 
 from __future__ import annotations
 
-from lab.analytic.ops import Ops
 from lab.analytic.optimizers import Optimizer
 from lab.analytic.reduce import norm_workspace_bytes
 from lab.analytic.sharding.zero3_gather import Sharded
@@ -110,7 +109,7 @@ class ShardedStates:
             for p in group:
                 wide = self.tape.new(p.shard_numel, FP64, "gradient shard, fp64")
                 norms.append(self.tape.new(1, FP64, "gradient norm"))
-                partial = norm_workspace_bytes(p.shard_numel, Ops.num_streaming_multiprocessors)
+                partial = norm_workspace_bytes(p.shard_numel, self.cfg.hardware.num_streaming_multiprocessors)
                 if partial and self.tape.trace.on_device_kernels:
                     sums = self.tape.new(partial, 1, "norm, partial sums")
                     self.tape.new(1, FP32, "norm, semaphore")
