@@ -11,7 +11,7 @@ from typing import Any
 
 from lab.record import PhaseReading, Prediction, RankMeasurement, Residual, RunRecord, StepPrediction
 from lab.units import error_percent
-from lab.vocab import MemoryCategory, MemoryLevel, StepPhase
+from lab.vocab import STATE_CATEGORIES, MemoryCategory, MemoryLevel, StepPhase
 
 # Level -> PhaseReading field whose largest value over the phases is the step's peak at that level.
 PEAK_READINGS: dict[MemoryLevel, str] = {
@@ -32,6 +32,7 @@ def residuals(prediction: Prediction, ranks: list[RankMeasurement]) -> list[Resi
     out: list[Residual] = []
     if finished >= 2:
         out += _of_step(prediction.steady, ranks, finished - 1, "")
+        out += _of_states(prediction.states, ranks, finished - 1)
     if finished >= 1:
         out += _of_step(prediction.first_step, ranks, 0, "first_step.")
     if build := prediction.first_step.phases.get(StepPhase.BUILD) or prediction.steady.phases.get(StepPhase.BUILD):
@@ -86,6 +87,17 @@ def _of_phase(
             if expected or any(value for _, value in measured):
                 out.append(_residual(allocated, f"{prefix}end.{category.value}", expected, measured))
     return out
+
+
+def _of_states(predicted: Mapping[MemoryCategory, int], ranks: list[RankMeasurement], index: int) -> list[Residual]:
+    """What lies between two steps, gradients not yet dropped: tensors by their shapes, without rests of blocks."""
+    readings = [(r.rank, r.steps[index].phases.get(StepPhase.OPTIMIZER_STEP)) for r in ranks]
+    known = [(rank, p.tensors) for rank, p in readings if p is not None and p.tensors is not None]
+    return [
+        _residual(MemoryLevel.ALLOCATED, f"states.{c.value}", predicted.get(c, 0), [(r, t[c]) for r, t in known])
+        for c in STATE_CATEGORIES
+        if known and (predicted.get(c, 0) or any(t[c] for _, t in known))
+    ]
 
 
 def _residual(level: MemoryLevel, where: str, predicted: int, measured: Iterable[tuple[int, int]]) -> Residual:

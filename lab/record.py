@@ -86,6 +86,7 @@ class PhaseReading:
     host_rss_bytes: int | None = None
     ledger: MemoryBreakdown | None = None  # live tensors at the phase's end, by category
     unattributed_bytes: int | None = None  # end_allocated_bytes minus the ledger's total
+    tensors: MemoryBreakdown | None = None  # the ledger's tensors alone, without the rests of their blocks
 
 
 @dataclass

@@ -47,6 +47,16 @@ class StepPhase(StrEnum):
 STEP_PHASES: tuple[StepPhase, ...] = tuple(p for p in StepPhase if p is not StepPhase.BUILD)
 
 
+# What lies between two steps (gradients until zero_grad drops them): known by shapes and dtypes alone.
+STATE_CATEGORIES: tuple[MemoryCategory, ...] = (
+    MemoryCategory.PARAMETERS,
+    MemoryCategory.MASTER_WEIGHTS,
+    MemoryCategory.GRADIENTS,
+    MemoryCategory.OPTIMIZER_STATES,
+    MemoryCategory.QUANTIZATION_STATE,
+)
+
+
 class Strategy(StrEnum):
     """How the model is spread over ranks. One file in ``lab/parallel`` may serve several."""
 

@@ -12,15 +12,7 @@ from lab.analytic.step import Replay
 from lab.analytic.timeline import categories_at, phases, spans_of
 from lab.config import RunConfig
 from lab.record import PhasePrediction, Prediction, StepPrediction
-from lab.vocab import MemoryBreakdown, MemoryCategory, StepPhase
-
-STATE_CATEGORIES = (
-    MemoryCategory.PARAMETERS,
-    MemoryCategory.MASTER_WEIGHTS,
-    MemoryCategory.GRADIENTS,
-    MemoryCategory.OPTIMIZER_STATES,
-    MemoryCategory.QUANTIZATION_STATE,
-)
+from lab.vocab import STATE_CATEGORIES, MemoryBreakdown, StepPhase
 
 
 def predict(cfg: RunConfig) -> Prediction:

@@ -18,7 +18,7 @@ from lab.record import Prediction, Residual, RunRecord
 from lab.report.errors import LEVELS, STATES, PointError, as_json, as_markdown, as_text
 from lab.track.bundle import read_records
 from lab.track.select import select
-from lab.vocab import MemoryCategory, RunStatus, StepPhase
+from lab.vocab import STATE_CATEGORIES, RunStatus, StepPhase
 
 HELP = """Predicts every recorded run again with today's formulas and shows the errors. Exit code 1 beyond a tolerance.
 
@@ -27,13 +27,6 @@ HELP = """Predicts every recorded run again with today's formulas and shows the 
   lab validate experiments/h200_blind --recorded   the predictions as they were made, before the runs
   lab validate experiments --formula all          published formulas on the same runs, beside the lab
 """
-_STATE_CATEGORIES = (
-    MemoryCategory.PARAMETERS,
-    MemoryCategory.MASTER_WEIGHTS,
-    MemoryCategory.GRADIENTS,
-    MemoryCategory.OPTIMIZER_STATES,
-    MemoryCategory.QUANTIZATION_STATE,
-)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -114,8 +107,11 @@ def _point_errors(source: str, cfg: RunConfig, found: list[Residual]) -> list[Po
         return PointError(level, source, strategy, label, predicted, measured)
 
     out = [error(r.level, r.predicted_bytes, r.measured_bytes) for r in found if r.where == "peak"]
-    end = f"{StepPhase.ZERO_GRAD.value}.end."
-    states = [r for r in found if r.where.removeprefix(end) in _STATE_CATEGORIES]
+    # Tensors where the record has them; an older one has blocks only, with the rests that stay with them.
+    states = [r for r in found if r.where.startswith("states.")]
+    if not states:
+        end = f"{StepPhase.ZERO_GRAD.value}.end."
+        states = [r for r in found if r.where.removeprefix(end) in STATE_CATEGORIES]
     if states:
         out.append(error(STATES, sum(r.predicted_bytes for r in states), sum(r.measured_bytes for r in states)))
     return [e for e in out if e.measured_bytes]

@@ -19,11 +19,19 @@ import torch
 from lab.measure.cpu_tracker import StorageTracker
 
 
+BLOCK_UNIT_BYTES = 512  # kMinBlockSize in c10/cuda/CUDACachingAllocator.cpp: what every request is rounded up to
+
+
 class Allocation(NamedTuple):
-    """Bytes that count as allocated, and the bytes that were asked for (fewer where the allocator rounds up)."""
+    """Bytes that count as allocated, and the bytes that were asked for (fewer where the allocator rounds up).
+
+    ``tensor_bytes``: the request in the allocator's unit. A block may be larger still: a rest of up to 1 MiB that is
+    not worth a block of its own stays with it, and where that happens hangs on what was freed before.
+    """
 
     size_bytes: int
     requested_bytes: int
+    tensor_bytes: int
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Census:
 
 def cpu_census(tracker: StorageTracker) -> Census:
     """The live storages that the tracker knows."""
-    allocations = {key: Allocation(size, size) for key, size in tracker.sizes().items() if size}
+    allocations = {key: Allocation(size, size, size) for key, size in tracker.sizes().items() if size}
 
     def find(storage: Any) -> int | None:
         key: int = storage._cdata
@@ -65,7 +73,9 @@ def census_of_segments(segments: list[dict[str, Any]], index: int) -> Census:
         address = segment["address"]
         for block in segment["blocks"]:
             if block["state"] == "active_allocated":
-                allocations[address] = Allocation(block["size"], block["requested_size"])
+                requested = block["requested_size"]
+                in_units = -(-requested // BLOCK_UNIT_BYTES) * BLOCK_UNIT_BYTES
+                allocations[address] = Allocation(block["size"], requested, in_units)
             address += block["size"]
     starts = sorted(allocations)
 

@@ -40,6 +40,7 @@ class LedgerReading:
 
     categories: MemoryBreakdown
     unclaimed: dict[int, Allocation] = field(default_factory=dict)
+    tensors: MemoryBreakdown = field(default_factory=MemoryBreakdown)  # without the rests that stay with blocks
 
     @property
     def unattributed_bytes(self) -> int:
@@ -47,7 +48,9 @@ class LedgerReading:
 
     def move(self, key: int, category: MemoryCategory) -> None:
         """An unclaimed allocation turns out to be of a category."""
-        self.categories[category] += self.unclaimed.pop(key).size_bytes
+        allocation = self.unclaimed.pop(key)
+        self.categories[category] += allocation.size_bytes
+        self.tensors[category] += allocation.tensor_bytes
 
 
 class Ledger:

@@ -148,6 +148,7 @@ class AllocatorMeter(Meter):
         if ledger is not None:
             counted = self._readings[phase] = ledger.count(known, self._backend.census(), self._unseen())
             reading.ledger, reading.unattributed_bytes = counted.categories, counted.unattributed_bytes
+            reading.tensors = counted.tensors
 
     def _read_uses(self, reading: PhaseReading) -> None:
         reading.device_used_bytes = self._device_use.read()

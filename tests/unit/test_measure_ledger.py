@@ -162,9 +162,9 @@ def test_allocations_without_a_tensor_are_found_by_exact_size(tracker: StorageTr
 
 def test_workspaces_are_what_is_still_there_at_the_steps_end() -> None:
     size = 32 << 20
-    block = Allocation(size, size)
-    forward = LedgerReading(MemoryBreakdown(), {1: block, 2: block, 3: Allocation(512, 8)})
-    end = LedgerReading(MemoryBreakdown(), {1: block, 3: Allocation(512, 8)})
+    block = Allocation(size, size, size)
+    forward = LedgerReading(MemoryBreakdown(), {1: block, 2: block, 3: Allocation(512, 8, 512)})
+    end = LedgerReading(MemoryBreakdown(), {1: block, 3: Allocation(512, 8, 512)})
     Ledger(vocab_size=7, workspace_sizes=(size, 0)).settle_workspaces([forward, end])
     for reading, left in ((forward, size + 512), (end, 512)):
         assert reading.categories == {C.LIBRARY_WORKSPACES: size}
@@ -205,6 +205,6 @@ def test_census_of_an_allocator_snapshot() -> None:
 
 
 def test_leftovers_are_listed_by_size() -> None:
-    allocations = {i: Allocation(512, 8) for i in range(3)} | {9: Allocation(1024, 1000)}
+    allocations = {i: Allocation(512, 8, 512) for i in range(3)} | {9: Allocation(1024, 1000, 1024)}
     assert by_size(allocations) == "1 x 1000 B, 3 x 8 B"
     assert by_size(allocations, most=1) == "1 x 1000 B, and 1 more sizes"
