@@ -57,7 +57,8 @@ class Replay:
             self.rule.finish_backward()
             del roots
             self._mark(StepPhase.BACKWARD, True)
-            del loss  # the loop's variable lives until here
+            del loss  # the loop's variable lives until here, and with it the graph
+            self.tape.held_by_graph.clear()
         self._mark(StepPhase.OPTIMIZER_STEP, False)
         self.rule.optimizer_step()
         self._mark(StepPhase.OPTIMIZER_STEP, True)

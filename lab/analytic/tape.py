@@ -112,7 +112,7 @@ Backward = Callable[[Grads], Grads]
 class Node:
     """One autograd node: ``backward`` maps output gradients to input gradients, then ``saved`` is dropped."""
 
-    __slots__ = ("backward", "buffer", "deps", "edges", "hooks", "num_slots", "saved", "seq", "unpack")
+    __slots__ = ("attributes", "backward", "buffer", "deps", "edges", "hooks", "num_slots", "saved", "seq", "unpack")
 
     def __init__(
         self,
@@ -129,6 +129,7 @@ class Node:
         self.buffer: Grads | None = None
         self.deps = 0
         self.hooks: list[Callable[[], None]] | None = None
+        self.attributes: list[Tensor] | None = None  # of a custom function's context, see Tape.held_by_graph
         self.saved: list[Tensor] = []
         self.unpack: Callable[[], None] | None = None
         for tensor in saved:
@@ -146,7 +147,7 @@ class Accumulator(Node):
         self.edges = []
         self.saved, self.unpack = [], None
         self.backward = self._accumulate
-        self.num_slots, self.buffer, self.deps, self.hooks = 1, None, 0, None
+        self.num_slots, self.buffer, self.deps, self.hooks, self.attributes = 1, None, 0, None, None
         self.grad: Tensor | None = None
         self.on_grad: Callable[[], None] | None = None
 
@@ -164,11 +165,16 @@ class Accumulator(Node):
 
 
 class Tape:
-    """Makes nodes in order; ``backward`` runs them."""
+    """Makes nodes in order; ``backward`` runs them.
+
+    ``held_by_graph``: what custom functions keep as attributes of their context (``ctx.tensors = ...``) instead of
+    saving it. Backward does not drop that; it goes with the graph, when the caller lets go of the loss.
+    """
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
         self._seq = 0
+        self.held_by_graph: list[Tensor] = []
         self.pack: Callable[[Node, Tensor], None] | None = None  # a checkpointed region's saved-tensor hook
 
     def next_seq(self) -> int:
@@ -182,8 +188,23 @@ class Tape:
         """Forget nodes made since ``seq_state``: a recomputation's graph is never run."""
         self._seq = seq
 
-    def save(self, node: Node, tensor: Tensor) -> None:
+    def node(
+        self,
+        inputs: Iterable[Tensor | None],
+        backward: Backward,
+        saved: Iterable[Tensor | None] = (),
+        num_slots: int = 1,
+    ) -> Node | None:
+        """A node, unless no input needs a gradient: then there is none, and nothing is saved (frozen parameters)."""
+        inputs = list(inputs)
+        if all(t is None or t.node is None for t in inputs):
+            return None
+        return Node(self, inputs, backward, [t for t in saved if t is not None], num_slots)
+
+    def save(self, node: Node | None, tensor: Tensor) -> None:
         """Saved-tensor semantics: the storage is kept and counts as an activation from now on."""
+        if node is None:
+            return
         if self.pack is not None:
             self.pack(node, tensor)
             return
@@ -230,6 +251,8 @@ class Tape:
                 grads.pop(0)
             del grads, run
             if not isinstance(node, Accumulator):
+                if node.attributes is not None:
+                    self.held_by_graph += node.attributes
                 kept, node.saved = node.saved, []
                 while kept:  # release_variables() resets them in the order in which they are declared
                     kept.pop(0)
