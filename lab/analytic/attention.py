@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lab.analytic.ops import Ops
-from lab.analytic.tape import BOOL, FP32, Grads, Node, Tensor
+from lab.analytic.tape import BOOL, FP32, Grads, Tensor
 from lab.vocab import AttentionBackend, Precision
 
 WRITTEN_OUT = (AttentionBackend.EAGER, AttentionBackend.MATH)
@@ -101,7 +101,7 @@ def fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, backend:
         del sums, accumulator, both
         return [gq, gk, gv]
 
-    node = Node(tape, [q, k, v], backward, [k, q, v])  # declared by name: key, query, value
+    node = tape.node([q, k, v], backward, [k, q, v])  # declared by name: key, query, value
     out = ops.kept_or(a.q_numel, size, "attention output")
     lse_rows = a.b * a.n * (_round_up(a.s, 32) if backend is AttentionBackend.MEM_EFFICIENT else a.s)
     lse = ops.kept_or(lse_rows, FP32, "log-sum-exp")
@@ -119,7 +119,7 @@ def fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, backend:
 def repeat_kv(ops: Ops, x: Tensor, a: AttentionShape, label: str) -> Tensor:
     """repeat_interleave over heads: a copy; backward sums each group."""
     kv, size, tape = a.kv_numel, x.itemsize, ops.tape
-    node = Node(tape, [x], lambda _: [tape.new(kv, size, label + " summed gradient")])
+    node = tape.node([x], lambda _: [tape.new(kv, size, label + " summed gradient")])
     y = ops.new(a.q_numel, size, label + " repeated")
     y.node = node
     return y
@@ -128,16 +128,18 @@ def repeat_kv(ops: Ops, x: Tensor, a: AttentionShape, label: str) -> Tensor:
 def _matmul(ops: Ops, x: Tensor, y: Tensor, numel: int, label: str, grad_copy: int = 0) -> Tensor:
     """Batched product; keeps both; backward: (a contiguous copy of the gradient,) y's gradient, x's gradient."""
     nx, ny, size, tape = x.numel, y.numel, x.itemsize, ops.tape
+    needs_x, needs_y = x.node is not None, y.node is not None
 
     def backward(grads: Grads) -> Grads:
         copy = tape.new(grad_copy, size, label + " gradient, contiguous") if grad_copy else None
         if copy is not None:
             grads[0] = copy
-        gy = tape.new(ny, size, label + " gradient")
-        gx = tape.new(nx, size, label + " gradient")
+        gy = tape.new(ny, size, label + " gradient") if needs_y else None
+        gx = tape.new(nx, size, label + " gradient") if needs_x else None
         return [gx, gy]
 
-    node = Node(tape, [x, y], backward, [y, x])  # declared by name: mat2, self
+    # Each is kept for the other's gradient; declared by name: mat2, self.
+    node = tape.node([x, y], backward, [y if needs_x else None, x if needs_y else None])
     out = ops.kept_or(numel, size, label)
     out.node = node
     return out
@@ -146,7 +148,7 @@ def _matmul(ops: Ops, x: Tensor, y: Tensor, numel: int, label: str, grad_copy: i
 def _copy(ops: Ops, x: Tensor, label: str) -> Tensor:
     """A contiguous copy, as matmul makes of transposed operands; the gradient passes through."""
     y = ops.new(x.numel, x.itemsize, label + " contiguous")
-    y.node = Node(ops.tape, [x], lambda g: [g[0]])
+    y.node = ops.tape.node([x], lambda g: [g[0]])
     return y
 
 
@@ -159,7 +161,7 @@ def _softmax(ops: Ops, x: Tensor, label: str) -> Tensor:
         ops.scratch(numel * size, "softmax backward product")
         return [g]
 
-    node = Node(tape, [x], backward)
+    node = tape.node([x], backward)
     y = ops.new(numel, size, label)
     tape.save(node, y)
     y.node = node
@@ -181,7 +183,7 @@ def eager(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout:
     lower = ops.new(square, BOOL, "causal mask")
     causal = lower
     inverted = ops.new(square, BOOL, "causal mask")
-    node = Node(ops.tape, [weights], _same(ops, weights, "masked scores gradient"), [inverted])
+    node = ops.tape.node([weights], _same(ops, weights, "masked scores gradient"), [inverted])
     masked = ops.new(weights.numel, size, "masked scores")
     masked.node = node
     del inverted
@@ -225,7 +227,7 @@ def math(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout: 
     scores = _matmul(ops, cq, ck, a.weights_numel, "attention scores")
     del cq, ck
     masked = ops.new(a.weights_numel, FP32, "masked scores")
-    masked.node = Node(tape, [scores], lambda g: [g[0]])
+    masked.node = tape.node([scores], lambda g: [g[0]])
     scores = masked
     del masked, mask
     soft = _softmax(ops, scores, "attention weights")

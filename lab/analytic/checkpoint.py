@@ -47,11 +47,11 @@ def checkpoint(ops: Ops, run: Callable[[Tensor], Tensor], x: Tensor, selective: 
 
     def unpack() -> None:
         if region.owners is not None:
-            _recompute(ops, run, held[0], region, amp)
+            _recompute(ops, run, held[0], region, amp, needs_gradient)
 
     if x.storage.category is MemoryCategory.TEMPORARIES:
         x.storage.move(MemoryCategory.ACTIVATIONS)
-    held = [x.view()]
+    held, needs_gradient = [x.view()], x.node is not None
     outer, outer_region = tape.pack, ops.region
     tape.pack, ops.region = pack, region
     try:
@@ -60,7 +60,9 @@ def checkpoint(ops: Ops, run: Callable[[Tensor], Tensor], x: Tensor, selective: 
         tape.pack, ops.region = outer, outer_region
 
 
-def _recompute(ops: Ops, run: Callable[[Tensor], Tensor], x: Tensor, region: Region, amp: int | None) -> None:
+def _recompute(
+    ops: Ops, run: Callable[[Tensor], Tensor], x: Tensor, region: Region, amp: int | None, needs_gradient: bool
+) -> None:
     """Run the region on its input again and give every node of the first run its saved tensors."""
     tape = ops.tape
     owners = region.owners
@@ -81,7 +83,7 @@ def _recompute(ops: Ops, run: Callable[[Tensor], Tensor], x: Tensor, region: Reg
     region.replaying = True
     seq = tape.seq_state()
     try:
-        source = Node(tape, [], lambda g: [])
+        source = Node(tape, [], lambda g: []) if needs_gradient else None  # as the region's input did
         run(Tensor(x.storage, x.numel, x.itemsize, source))
     except _Stop:
         pass

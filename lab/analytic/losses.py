@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lab.analytic.ops import LOSS, Ops
-from lab.analytic.tape import FP32, Grads, Node, Tensor
+from lab.analytic.tape import FP32, Grads, Tensor
 
 
 def cross_entropy(ops: Ops, logits: Tensor) -> Tensor:
@@ -12,11 +12,11 @@ def cross_entropy(ops: Ops, logits: Tensor) -> Tensor:
     Backward: the log-softmax's gradient is a full fp32 matrix, and so is the logits'.
     """
     numel, tape = logits.numel, ops.tape
-    node = Node(tape, [logits], lambda _: [tape.new(numel, FP32, "logits gradient", LOSS)])
+    node = tape.node([logits], lambda _: [tape.new(numel, FP32, "logits gradient", LOSS)])
     log_softmax = ops.new(numel, FP32, "log-softmax", LOSS)
     ops.tape.save(node, log_softmax)
     log_softmax.node = node
-    nll = Node(tape, [log_softmax], lambda _: [tape.new(numel, FP32, "log-softmax gradient", LOSS)], [log_softmax])
+    nll = tape.node([log_softmax], lambda _: [tape.new(numel, FP32, "log-softmax gradient", LOSS)], [log_softmax])
     loss = ops.new(1, FP32, "loss", LOSS)
     ops.tape.save(nll, ops.new(1, FP32, "total weight", LOSS))
     loss.node = nll
@@ -45,7 +45,7 @@ def in_place_cross_entropy(ops: Ops, logits: Tensor, rows: int) -> Tensor:
     total_weight = ops.new(1, FP32, "total weight", LOSS)
     loss = ops.new(1, FP32, "loss", LOSS)
     del total_weight
-    node = Node(tape, [logits], backward, [log_softmax])
+    node = tape.node([logits], backward, [log_softmax])
     kept.append(log_softmax)
     loss.node = node
     return loss

@@ -8,7 +8,7 @@ fp32 x * rstd and the rows' rstd, where the fused kernel keeps x and rstd.
 from __future__ import annotations
 
 from lab.analytic.ops import Ops, Parameter
-from lab.analytic.tape import FP32, Grads, Node, Tensor
+from lab.analytic.tape import FP32, Grads, Tensor
 
 
 def rmsnorm_composite(ops: Ops, x: Tensor, w: Parameter, rows: int, label: str) -> Tensor:
@@ -25,12 +25,12 @@ def rmsnorm_composite(ops: Ops, x: Tensor, w: Parameter, rows: int, label: str) 
         return [g]
 
     square = tape.new(numel, FP32, label + " square")
-    square.node = Node(tape, [wide], pow_backward, [wide])
+    square.node = tape.node([wide], pow_backward, [wide])
     mean = tape.new(rows, FP32, label + " mean square")
-    mean.node = Node(tape, [square], lambda _: [tape.new(numel, FP32, label + " mean gradient")])
+    mean.node = tape.node([square], lambda _: [tape.new(numel, FP32, label + " mean gradient")])
     del square
     rstd = tape.new(rows, FP32, label + " rstd")
-    node = Node(tape, [mean], lambda _: [tape.new(rows, FP32, label + " rstd gradient")])
+    node = tape.node([mean], lambda _: [tape.new(rows, FP32, label + " rstd gradient")])
     tape.save(node, rstd)
     rstd.node = node
     del mean, node
@@ -42,14 +42,14 @@ def rmsnorm_composite(ops: Ops, x: Tensor, w: Parameter, rows: int, label: str) 
         del product
         return [gx, g]
 
-    node = Node(tape, [wide, rstd], normalise_backward, [wide, rstd])
+    node = tape.node([wide, rstd], normalise_backward, [wide, rstd])
     normal = tape.new(numel, FP32, label + " normalised")
     normal.node = node
     del wide, rstd, node
-    leaf = Tensor(w.tensor.storage, hidden, w.tensor.itemsize, w.accumulator)
-
     def scale_backward(grads: Grads) -> Grads:
-        gx = tape.new(numel, FP32, label + " gradient")
+        gx = tape.new(numel, FP32, label + " gradient") if needs_x else None
+        if not w.trainable:
+            return [gx, None]
         product = tape.new(numel, FP32, label + " weight gradient product")
         summed = tape.new(hidden, FP32, f"gradient of {label} weight")
         del product
@@ -57,9 +57,9 @@ def rmsnorm_composite(ops: Ops, x: Tensor, w: Parameter, rows: int, label: str) 
         del summed
         return [gx, gw]
 
-    node = Node(tape, [normal, leaf], scale_backward, [normal])
+    needs_x = normal.node is not None
+    node = tape.node([normal, w.leaf()], scale_backward, [normal if w.trainable else None])
     ops.keep_parameter(node, w)
-    del leaf
     out = tape.new(numel, FP32, label)
     out.node = node
     del normal, node

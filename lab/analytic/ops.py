@@ -22,6 +22,18 @@ LOSS = MemoryCategory.LOGITS_AND_LOSS
 
 
 @dataclass
+class Quantized:
+    """What dequantizes a weight, as bitsandbytes keeps it outside ``parameters()``."""
+
+    kind: str  # int8 | fp4 | nf4
+    numel: int  # of the weight
+    block_size: int
+    itemsize: int  # of the weight before it was quantized: what dequantizing gives
+    nested: bool
+    state: list[Tensor]  # absmax (nested: 8 bit, its own absmax, offset) or int8's row maxima
+
+
+@dataclass
 class Parameter:
     """A leaf: its tensor (shared storage while it lives) and its gradient accumulator."""
 
@@ -29,10 +41,19 @@ class Parameter:
     shape: tuple[int, ...]
     tensor: Tensor
     accumulator: Accumulator
+    trainable: bool = True
+    quantized: Quantized | None = None  # set: ``tensor`` holds packed bytes
 
     @property
     def numel(self) -> int:
+        """Elements of the tensor that is stored; packed ones with a quantized weight."""
         return self.tensor.numel
+
+    def leaf(self) -> Tensor:
+        """The parameter as an operand: without a node when frozen."""
+        return Tensor(
+            self.tensor.storage, self.tensor.numel, self.tensor.itemsize, self.accumulator if self.trainable else None
+        )
 
 
 @dataclass
@@ -96,19 +117,20 @@ class Ops:
         return x if x.itemsize == itemsize else self.new(x.numel, itemsize, label, _kept(x))
 
     def weight(self, p: Parameter) -> Tensor:
-        """The parameter as an operand under autocast: its cached cast."""
+        """The parameter as an operand under autocast: its cached cast. A frozen one's is made anew for every use."""
         if self.amp is None or self.amp == p.tensor.itemsize:
-            return Tensor(p.tensor.storage, p.tensor.numel, p.tensor.itemsize, p.accumulator)
+            return p.leaf()
+        if not p.trainable:
+            return self.cast(p.leaf(), self.amp, f"autocast copy of {p.name}")
         if p.name not in self.cast_cache:
-            leaf = Tensor(p.tensor.storage, p.tensor.numel, p.tensor.itemsize, p.accumulator)
-            self.cast_cache[p.name] = self.cast(leaf, self.amp, f"autocast copy of {p.name}")
+            self.cast_cache[p.name] = self.cast(p.leaf(), self.amp, f"autocast copy of {p.name}")
         t = self.cast_cache[p.name]
         return Tensor(t.storage, t.numel, t.itemsize, t.node)
 
     def _unary(self, x: Tensor, label: str, save_input: bool, grad_label: str) -> Tensor:
         """One elementwise operation that keeps its input or nothing."""
         numel, itemsize, tape = x.numel, x.itemsize, self.tape
-        node = Node(tape, [x], lambda _: [tape.new(numel, itemsize, grad_label)], [x] if save_input else [])
+        node = tape.node([x], lambda _: [tape.new(numel, itemsize, grad_label)], [x] if save_input else [])
         y = self.new(numel, itemsize, label)
         y.node = node
         return y
@@ -137,7 +159,6 @@ class Ops:
         """
         table, itemsize, tape = p.numel, p.tensor.itemsize, self.tape
         table_rows, width = p.shape
-        leaf = Tensor(p.tensor.storage, table, itemsize, p.accumulator)
 
         def backward(grads: Grads) -> Grads:
             if rows <= EMBEDDING_SORT_ABOVE:
@@ -153,7 +174,7 @@ class Ops:
             del held
             return [g]
 
-        node = Node(tape, [leaf], backward, [] if indices is None else [indices])
+        node = tape.node([p.leaf()], backward, [indices])
         y = self.new(numel_out, itemsize, label)
         y.node = node
         return y
@@ -162,18 +183,23 @@ class Ops:
         """x + y in the wider type; keeps nothing; a narrower operand's gradient is cast, a broadcast one's summed."""
         size, tape = max(x.itemsize, y.itemsize), self.tape
         y_numel, x_size, y_size, same = y.numel, x.itemsize, y.itemsize, not broadcast
+        needs_x, needs_y = x.node is not None, y.node is not None
 
         def backward(grads: Grads) -> Grads:
             g = grads[0]
             assert g is not None
-            gx = g if x_size == size else tape.new(g.numel, x_size, label + " gradient")
+            gx = gy = None
+            if needs_x:
+                gx = g if x_size == size else tape.new(g.numel, x_size, label + " gradient")
+            if not needs_y:
+                return [gx, None]
             if same:
                 gy = g if y_size == size else tape.new(g.numel, y_size, label + " gradient")
             else:
                 gy = tape.new(y_numel, y_size, label + " summed gradient")
             return [gx, gy]
 
-        node = Node(tape, [x, y], backward)
+        node = tape.node([x, y], backward)
         out = self.new(max(x.numel, y.numel), size, label)
         out.node = node
         return out
@@ -191,7 +217,7 @@ class Ops:
         else:
             mask = self.new(numel, itemsize, label + " noise")
             y = self.new(numel, itemsize, label)
-        y.node = Node(tape, [x], lambda _: [tape.new(numel, itemsize, label + " gradient")], [mask])
+        y.node = tape.node([x], lambda _: [tape.new(numel, itemsize, label + " gradient")], [mask])
         return y
 
     # -- linear ------------------------------------------------------------------------------
@@ -212,18 +238,20 @@ class Ops:
         size, tape, ops = x.itemsize, self.tape, self
         category = LOSS if label == "logits" else MemoryCategory.TEMPORARIES
         # weight.t() is a node between the product and the weight: its gradient waits there for its turn.
-        turned = Tensor(weight.storage, weight.numel, size, Node(tape, [weight], lambda g: [viewed(g[0])]))
-        needs_x, numel_x = x.node is not None, x.numel
+        turned = Tensor(weight.storage, weight.numel, size, tape.node([weight], lambda g: [viewed(g[0])]))
+        needs_x, needs_w, numel_x = x.node is not None, weight.node is not None, x.numel
+        needs_b = bias is not None and bias.node is not None
 
         def backward(grads: Grads) -> Grads:
             gx = gw = gb = None
             if bias_size and needs_x:
                 gx = tape.new(numel_x, size, label + " input gradient")
-            gw = tape.new(out_features * in_features, size, f"gradient of {w.name}")
+            if needs_w:
+                gw = tape.new(out_features * in_features, size, f"gradient of {w.name}")
             ops.matmul_workspace("backward", lt=False)
             if not bias_size and needs_x:
                 gx = tape.new(numel_x, size, label + " input gradient")
-            if bias_size:
+            if needs_b:
                 gb = tape.new(out_features, size, f"gradient of {w.name} bias")
                 ops.scratch(
                     column_sum_workspace_bytes(rows, out_features, size, ops.num_streaming_multiprocessors),
@@ -232,8 +260,10 @@ class Ops:
             return [viewed(gx), gw, gb]
 
         bias_size = 0 if bias is None else bias.itemsize
-        # Saved in declared order: addmm's mat1, mat2; mm's mat2, self.
-        node = Node(tape, [x, turned, bias], backward, [x, turned] if bias_size else [turned, x])
+        # Saved in declared order: addmm's mat1, mat2; mm's mat2, self; each for the other's gradient only.
+        kept_x, kept_w = x if needs_w else None, turned if needs_x else None
+        node = tape.node([x, turned, bias], backward, [kept_x, kept_w] if bias_size else [kept_w, kept_x])
+        del kept_x, kept_w
         del turned, weight, bias
         y = self.kept_or(rows * out_features, size, label, category)
         self.matmul_workspace("forward", lt=bool(bias_size))
@@ -254,8 +284,12 @@ class Ops:
         def backward(grads: Grads) -> Grads:
             gx = tape.new(numel_x, size, label + " input gradient") if needs_x else None
             ops.matmul_workspace("backward", lt=False)
-            out: Grads = [gx, tape.new(out_features * in_features, size, f"gradient of {w.name}")]
-            if b is not None:
+            out: Grads = [gx, None]
+            if w.trainable:
+                out[1] = tape.new(out_features * in_features, size, f"gradient of {w.name}")
+            if b is not None and not b.trainable:
+                out.append(None)
+            elif b is not None:
                 out.append(tape.new(out_features, size, f"gradient of {b.name}"))
                 ops.scratch(
                     column_sum_workspace_bytes(rows, out_features, size, ops.num_streaming_multiprocessors),
@@ -263,9 +297,7 @@ class Ops:
                 )
             return out
 
-        leaves = [Tensor(p.tensor.storage, p.numel, p.tensor.itemsize, p.accumulator) for p in params]
-        node = Node(tape, [x, *leaves], backward)
-        del leaves
+        node = tape.node([x, *(p.leaf() for p in params)], backward)
         y = self.kept_or(rows * out_features, size, label, category)
         self.matmul_workspace("forward", lt=False)
         tape.save(node, x)
@@ -274,7 +306,7 @@ class Ops:
         y.node = node
         return y
 
-    def keep_parameter(self, node: Node, p: Parameter) -> None:
+    def keep_parameter(self, node: Node | None, p: Parameter) -> None:
         """Save a leaf under ZeRO-3, which swaps storages: autograd keeps the parameter, checkpointing a view of it."""
         if self.linear_keeps_parameter and self.tape.pack is not None:
             self.tape.save(node, p.tensor)
@@ -291,19 +323,17 @@ class Ops:
         if self.amp is not None:
             x = self.cast(x, FP32, label + " input, fp32 copy")
         numel, size, tape = x.numel, x.itemsize, self.tape
-        leaves = [Tensor(p.tensor.storage, p.numel, p.tensor.itemsize, p.accumulator) for p in (w, b) if p is not None]
-        hidden = w.numel
+        params = [p for p in (w, b) if p is not None]
+        hidden, needs_x = w.numel, x.node is not None
 
         def backward(grads: Grads) -> Grads:
-            gx = tape.new(numel, size, label + " gradient")
-            return [gx, *(tape.new(hidden, size, f"gradient of {label} weight") for _ in range(num_leaves))]
+            gx = tape.new(numel, size, label + " gradient") if needs_x else None
+            trained = [p.trainable for p in params]
+            return [gx, *(tape.new(hidden, size, f"gradient of {label} weight") if t else None for t in trained)]
 
-        num_leaves = len(leaves)
-        node = Node(tape, [x, *leaves], backward, [x])
-        for p in (w, b):
-            if p is not None:
-                self.keep_parameter(node, p)
-        del leaves
+        node = tape.node([x, *(p.leaf() for p in params)], backward, [x])
+        for p in params:
+            self.keep_parameter(node, p)
         y = self.new(numel, size, label)
         statistic_size = FP32 if tape.trace.on_device_kernels else size
         for statistic in ("mean", "rstd") if kind == "layernorm" else ("rstd",):
@@ -318,13 +348,16 @@ class Ops:
         return self._unary(x, "gelu", True, "gelu gradient")
 
     def mul(self, x: Tensor, y: Tensor, label: str) -> Tensor:
-        """x * y, both kept; backward makes y's gradient and x's."""
+        """x * y, each kept where the other needs a gradient; backward makes y's gradient and x's."""
         numel, size, tape = x.numel, x.itemsize, self.tape
+        needs = [t.node is not None for t in (x, y)]
 
         def backward(grads: Grads) -> Grads:
-            return [tape.new(numel, size, label + " gradient"), tape.new(numel, size, label + " gradient")]
+            return [tape.new(numel, size, label + " gradient") if need else None for need in needs]
 
-        node = Node(tape, [x, y], backward, [y, x])  # declared by name: other, self
+        saved = [y if needs[0] else None, x if needs[1] else None]  # declared by name: other, self
+        node = tape.node([x, y], backward, saved)
+        del saved
         out = self.new(numel, size, label)
         out.node = node
         return out
@@ -339,7 +372,7 @@ class Ops:
         def split_backward(grads: Grads) -> Grads:  # chunk's backward: the halves side by side
             return [tape.new(numel, size, label + " gradient")]
 
-        split = Node(tape, [x], split_backward, num_slots=2)
+        split = tape.node([x], split_backward, num_slots=2)
         first, second = x.view(half, split, 0), x.view(half, split, 1)
         a = self._unary(x, label + " cos product", False, label + " gradient")
         negated = self._unary(second, label + " negated half", False, label + " gradient")
@@ -349,7 +382,7 @@ class Ops:
             assert g is not None
             return [g.view(half), g.view(half)]
 
-        cat = Node(tape, [negated, first], cat_backward)
+        cat = tape.node([negated, first], cat_backward)
         rotated = self.new(numel, size, label + " rotated", MemoryCategory.TEMPORARIES)
         rotated.node = cat
         del negated, first, second
@@ -362,7 +395,7 @@ class Ops:
     def split(self, x: Tensor, counts: list[int], label: str) -> list[Tensor]:
         """Views of consecutive parts; backward puts their gradients side by side."""
         numel, size, tape = x.numel, x.itemsize, self.tape
-        node = Node(tape, [x], lambda _: [tape.new(numel, size, label)], num_slots=len(counts))
+        node = tape.node([x], lambda _: [tape.new(numel, size, label)], num_slots=len(counts))
         return [x.view(count, node, i) for i, count in enumerate(counts)]
 
     def scale(self, x: Tensor, label: str) -> Tensor:
