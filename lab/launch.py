@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +12,17 @@ import torch.distributed as dist
 
 from lab.config import ConfigError, RunConfig
 from lab.track import new_run_id
+from lab.track.folder import TURN_VARIABLE
 from lab.vocab import Strategy
+
+
+def wait_for_turn(get_ready: Callable[[], None]) -> None:
+    """Under ``lab sweep --ahead``: get ready, then wait for the file by which the driver says that the GPU is free."""
+    path = os.environ.get(TURN_VARIABLE)
+    if path:
+        get_ready()
+    while path and not os.path.exists(path):
+        time.sleep(0.02)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from lab.config import ConfigError, RunConfig, load
@@ -35,13 +36,22 @@ def run(cfg: RunConfig, command: list[str]) -> int:
 
     from lab.data import make_batches
     from lab.faults import FaultHandler
-    from lab.launch import close_process_group, find_place, open_process_group, open_store, share_pids, share_run_id
+    from lab.launch import (
+        close_process_group,
+        find_place,
+        open_process_group,
+        open_store,
+        share_pids,
+        share_run_id,
+        wait_for_turn,
+    )
     from lab.report.table import run_table
     from lab.run_state import RunState
     from lab.track import RunFolder
     from lab.transforms.attention_probe import check_attention
     from lab.vocab import RunStatus
 
+    wait_for_turn(lambda: get_ready(cfg))
     place = find_place(cfg)
     check_attention(cfg, place.device)
     make_batches(cfg, torch.device("meta"), place.rank)  # the corpus is there and large enough
@@ -64,6 +74,19 @@ def run(cfg: RunConfig, command: list[str]) -> int:
     except BaseException as error:
         faults.fail(error)
     return 0
+
+
+def get_ready(cfg: RunConfig) -> None:
+    """What takes seconds and touches no GPU: imports, and the corpus tokenized and cached."""
+    import torch
+
+    from lab.data import make_batches
+    from lab.parallel import import_engine
+
+    for module in ("lab.build", "lab.loop", "lab.measure", "lab.analytic"):
+        import_module(module)
+    import_engine(cfg)
+    make_batches(cfg, torch.device("meta"), int(os.environ.get("RANK", "0")))
 
 
 def predict_first(state: RunState) -> None:

@@ -27,6 +27,7 @@ from lab.record import RunRecord
 from lab.report.table import run_table
 from lab.track import RunFolder, environment, fault_of, new_run_id, recover_record
 from lab.track.bundle import read_records
+from lab.track.folder import TURN_VARIABLE
 from lab.units import gib_text
 from lab.vocab import RunStatus
 
@@ -51,6 +52,7 @@ class _Running:
     command: list[str]
     started_at: str
     gpus: list[str]
+    turn: Path | None = None  # the file to make when the GPUs are its own; None: they are already
 
 
 def run(argv: Sequence[str]) -> int:
@@ -59,6 +61,11 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--retry-failed", action="store_true", help="run failed and timed-out points again")
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="points at a time; on GPUs only as many as have their own"
+    )
+    parser.add_argument(
+        "--ahead",
+        action="store_true",
+        help="on GPUs: start each point's processes while the one before still runs; they import, then wait",
     )
     arguments = parser.parse(argv)
     if arguments.jobs < 1:
@@ -70,7 +77,7 @@ def run(argv: Sequence[str]) -> int:
     if not valid:  # one mistake in what all points share, not many invalid points
         raise ConfigError(*_reason_parts(points))
     signal.signal(signal.SIGTERM, _terminate)
-    return Sweep(points, jobs=arguments.jobs, retry_failed=arguments.retry_failed).run()
+    return Sweep(points, arguments.jobs, arguments.retry_failed, arguments.ahead).run()
 
 
 def _reason_parts(points: Sequence[Point]) -> tuple[str, str, str]:
@@ -86,8 +93,9 @@ def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
 class Sweep:
     """The points of one study, their records and the processes running now."""
 
-    def __init__(self, points: Sequence[Point], jobs: int = 1, retry_failed: bool = False) -> None:
+    def __init__(self, points: Sequence[Point], jobs: int = 1, retry_failed: bool = False, ahead: bool = False) -> None:
         self.points = points
+        self.ahead = ahead
         first = next(p.cfg for p in points if p.cfg is not None)
         self.study = Path(first.launch.output_dir) / first.name
         self.jobs = jobs
@@ -121,43 +129,59 @@ class Sweep:
         return self._summary()
 
     def _run_all(self, todo: list[Point]) -> None:
-        free_gpus = _gpu_ids()
-        queue = list(todo)
+        queue, every_gpu = list(todo), _gpu_ids()
         while queue or self.running:
             for running in list(self.running):
-                over_time = running.launch.seconds > running.cfg.launch.timeout_s
+                over_time = running.turn is None and running.launch.seconds > running.cfg.launch.timeout_s
                 if running.launch.poll(running.folder.record_path):
                     self._finish(running)
                 elif over_time:
                     running.launch.stop()
                     limit = f"no end after {running.cfg.launch.timeout_s:g} s (launch.timeout_s)"
                     self._finish(running, RunStatus.TIMEOUT, limit)
-                if running not in self.running:
-                    free_gpus += running.gpus
+            for running in self.running:
+                if running.turn is not None and not set(running.gpus) & self._gpus(waiting=False):
+                    running.launch.restart_clock()
+                    running.turn.touch()
+                    running.turn = None
             # In order: a point that must wait for its GPUs is not overtaken.
-            while queue and len(self.running) < self.jobs:
+            while queue and self._may_start():
                 point = queue[0]
                 if point.cfg is None:
                     self._record_invalid(queue.pop(0))
                     continue
-                needed = point.cfg.world_size if self.jobs > 1 and _on_gpu(point.cfg) else 0
-                if self.running and needed > len(free_gpus):
+                needed = point.cfg.world_size if (self.jobs > 1 or self.ahead) and _on_gpu(point.cfg) else 0
+                taken = self._gpus(waiting=True) if self.ahead else self._gpus(waiting=False)
+                # The ones that nobody uses first; one that has a run waiting for it takes no second.
+                free = sorted((g for g in every_gpu if g not in taken), key=lambda g: g in self._gpus(waiting=False))
+                if self.running and needed > len(free):
                     break
-                gpus, free_gpus = free_gpus[:needed], free_gpus[needed:]
-                self._start(queue.pop(0), point.cfg, gpus)
+                self._start(queue.pop(0), point.cfg, free[:needed])
             if self.running:
                 time.sleep(_POLL_S)
+
+    def _may_start(self) -> bool:
+        """Fewer than ``jobs`` runs at a time, and with ``ahead`` as many again that wait for their turn."""
+        return len(self.running) < self.jobs * (2 if self.ahead else 1)
+
+    def _gpus(self, waiting: bool) -> set[str]:
+        """GPUs of the runs that wait for them, or of those that use them."""
+        return {gpu for r in self.running if (r.turn is not None) is waiting for gpu in r.gpus}
 
     def _start(self, point: Point, cfg: RunConfig, gpus: list[str]) -> None:
         folder = RunFolder.create(cfg, new_run_id())
         command = torchrun_command(point.overrides, cfg.world_size, folder.logs_path)
         extra = {"OMP_NUM_THREADS": threads()}
+        turn = None
         if gpus:
             extra["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        if self.jobs == 1:
+        if gpus and self.ahead:
+            turn = folder.path / "turn"
+            extra[TURN_VARIABLE] = str(turn.absolute())
+        if self.jobs == 1 and not self.ahead:
             print(self._head(point), end=" ", flush=True)
         launch = Launch(command, folder.run_id, folder.logs_path, extra)
-        self.running.append(_Running(point, cfg, folder, launch, command, _now(), gpus))
+        self.running.append(_Running(point, cfg, folder, launch, command, _now(), gpus, turn))
 
     def _finish(self, running: _Running, status: RunStatus | None = None, error: str | None = None) -> None:
         """Take the run's record, or make one. ``status``: why the driver stopped it."""
@@ -193,7 +217,7 @@ class Sweep:
         )
         folder.write_record(record)
         self.recorded[point.identity] = (str(folder.record_path), record)
-        if self.jobs == 1:
+        if self.jobs == 1 and not self.ahead:
             print(self._head(point), end=" ")
         self._print_result(point, record, 0.0)
 
@@ -209,7 +233,7 @@ class Sweep:
             text += f"  predicted {gib_text(predicted, 4)} measured {gib_text(measured, 4)} GiB"
         if record.error:
             text += f"  {record.error}"
-        print(text if self.jobs == 1 else f"{self._head(point)} {text}", flush=True)
+        print(text if self.jobs == 1 and not self.ahead else f"{self._head(point)} {text}", flush=True)
         self.finished += 1
 
     def _summary(self) -> int:

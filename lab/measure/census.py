@@ -18,7 +18,6 @@ import torch
 
 from lab.measure.cpu_tracker import StorageTracker
 
-
 BLOCK_UNIT_BYTES = 512  # kMinBlockSize in c10/cuda/CUDACachingAllocator.cpp: what every request is rounded up to
 
 

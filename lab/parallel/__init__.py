@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,14 +25,22 @@ ENGINES: dict[Strategy, tuple[str, str]] = {
 }
 
 
+def import_engine(cfg: RunConfig) -> Any:
+    """The engine's class and its library: seconds of imports that touch no GPU memory."""
+    module, name = ENGINES[cfg.parallel.strategy]
+    file = import_module(f"lab.parallel.{module}")
+    if cfg.parallel.strategy.zero_stage:
+        file.import_deepspeed(torch.device(cfg.hardware.device_type))
+    return getattr(file, name)
+
+
 def build_engine(cfg: RunConfig, model: nn.Module, device: torch.device) -> Engine:
     """A meta model, transforms applied -> sharded or replicated, materialised, with its optimizer.
 
     Needs a process group for every strategy but ``single``.
     """
-    module, name = ENGINES[cfg.parallel.strategy]
-    engine: Engine = getattr(import_module(f"lab.parallel.{module}"), name)(cfg, model, device)
+    engine: Engine = import_engine(cfg)(cfg, model, device)
     return engine
 
 
-__all__ = ["ENGINES", "Engine", "LiveTensor", "build_engine"]
+__all__ = ["ENGINES", "Engine", "LiveTensor", "build_engine", "import_engine"]

@@ -33,6 +33,8 @@ from lab.record import (
     write_record,
 )
 
+TURN_VARIABLE = "LAB_TURN_FILE"  # set by the sweep driver: the file that says that a run's GPUs are free
+
 
 def new_run_id() -> str:
     """A run id that sorts by time and is unique: UTC time to the microsecond and six random hex digits.
