@@ -1,8 +1,8 @@
 """Draws the points of configs/experiment/h200_blind2.yaml: ``python experiments/h200_blind2/draw.py``.
 
-Every setting is drawn by itself: the default with the chance that ``DRAWS`` gives, else any of the other values. A draw
-is thrown away if the lab refuses it, if it is predicted to need more than 100 GiB (two points share a machine's time, not
-its memory), or if a step is more than 3e14 floating point operations. The prediction plays no other part.
+Every setting is drawn by itself: the default with the chance that ``DRAWS`` gives, else any of the other values. A
+draw is thrown away if the lab refuses it, if it is predicted to need more than 100 GiB (no room for other points on
+the GPU), or if a step is more than 3e14 floating point operations. The prediction plays no other part.
 """
 
 from __future__ import annotations
