@@ -39,6 +39,8 @@ def _train(cfg: RunConfig) -> None:
         raise ConfigError("train.seq_len", t.seq_len, f"at most model.max_seq_len={cfg.model.max_seq_len}")
     if t.max_grad_norm is not None and not t.max_grad_norm > 0:
         raise ConfigError("train.max_grad_norm", t.max_grad_norm, "positive, or null for no clipping")
+    if t.memory_limit_gib is not None:
+        _memory_limit(cfg, t.memory_limit_gib)
     if t.warmup_steps > t.steps:
         raise ConfigError("train.warmup_steps", t.warmup_steps, f"at most train.steps={t.steps}")
     for step in cfg.measure.ledger_steps:
@@ -48,6 +50,16 @@ def _train(cfg: RunConfig) -> None:
             )
     if t.compile and cfg.measure.level in ("ledger", "snapshot"):
         raise ConfigError("train.compile", True, "its memory is not modelled; use measure=counters or measure=off")
+
+
+def _memory_limit(cfg: RunConfig, gib: float) -> None:
+    if not gib > 0:
+        raise ConfigError("train.memory_limit_gib", gib, "positive, or null for no limit")
+    if cfg.hardware.device_type == "cpu":
+        raise ConfigError("train.memory_limit_gib", gib, "needs a GPU: it limits PyTorch's CUDA allocator")
+    capacity = cfg.hardware.capacity_bytes
+    if capacity and gib * (1 << 30) > capacity:
+        raise ConfigError("train.memory_limit_gib", gib, f"at most the {capacity / (1 << 30):.1f} GiB of this GPU")
 
 
 def _data(cfg: RunConfig) -> None:

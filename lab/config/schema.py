@@ -192,6 +192,7 @@ class TrainConfig:
     warmup_steps: int = 0  # optimizer steps of linear learning-rate warm-up
     max_grad_norm: float | None = None  # null: no clipping
     compile: bool = False  # torch.compile; memory then not modelled
+    memory_limit_gib: float | None = None  # GiB that PyTorch's allocator may reserve, each rank; null: no limit
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,12 @@ class RunConfig:
     def dp_degree(self) -> int:
         """Data-parallel ranks; every strategy of today is data parallel."""
         return self.world_size
+
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        """What PyTorch's allocator may reserve on a rank's GPU; None: as much as there is."""
+        gib = self.train.memory_limit_gib
+        return None if gib is None else int(gib * (1 << 30))
 
     @property
     def fsdp_shard_size(self) -> int:
