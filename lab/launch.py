@@ -57,6 +57,21 @@ def find_place(cfg: RunConfig) -> Place:
     return Place(rank, local_rank, device)
 
 
+def limit_memory(cfg: RunConfig, device: torch.device) -> None:
+    """train.memory_limit_gib, before anything is allocated. Raises ConfigError for more than the GPU has.
+
+    PyTorch takes a fraction of the GPU's memory and cuts the product to whole bytes (CUDACachingAllocator.cpp,
+    setMemoryFraction): half a byte more keeps it from ending one byte short.
+    """
+    limit = cfg.memory_limit_bytes
+    if limit is None:
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    if limit >= total:
+        raise ConfigError("train.memory_limit_gib", cfg.train.memory_limit_gib, f"less than the GPU's {total} B")
+    torch.cuda.set_per_process_memory_fraction((limit + 0.5) / total, device)
+
+
 def open_store(cfg: RunConfig) -> dist.Store | None:
     """The key-value store that all ranks reach (torchrun's own), before any process group; None for one rank."""
     if cfg.world_size == 1:

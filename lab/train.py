@@ -39,6 +39,7 @@ def run(cfg: RunConfig, command: list[str]) -> int:
     from lab.launch import (
         close_process_group,
         find_place,
+        limit_memory,
         open_process_group,
         open_store,
         share_pids,
@@ -53,6 +54,7 @@ def run(cfg: RunConfig, command: list[str]) -> int:
 
     wait_for_turn(lambda: get_ready(cfg))
     place = find_place(cfg)
+    limit_memory(cfg, place.device)
     check_attention(cfg, place.device)
     make_batches(cfg, torch.device("meta"), place.rank)  # the corpus is there and large enough
     state = RunState(cfg, command, place.rank, place.local_rank)
