@@ -14,11 +14,21 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "data.kind": ("python_stdlib", "text", "hf"),
     "parallel.fsdp.reduce_dtype": ("fp32", "param"),
     "loss.kind": ("cross_entropy", "in_place", "chunked"),
-    "quantization.kind": ("none",),
-    "adapter.kind": ("none",),
-    "optimizer.kind": ("adamw", "sgd"),
+    "quantization.kind": ("none", "int8", "fp4", "nf4", "nf4_double"),
+    "quantization.compute_dtype": ("bf16", "fp16", "fp32"),
+    "quantization.storage_dtype": ("uint8", "bf16", "fp16", "fp32"),
+    "adapter.kind": ("none", "lora", "dora"),
+    "optimizer.kind": (
+        "adamw",
+        "sgd",
+        "adafactor",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+        "lion_8bit",
+    ),
     "optimizer.implementation": ("foreach", "fused", "for_loop"),
-    "engine.kind": ("native",),
+    "engine.kind": ("native", "accelerate"),
     "measure.level": ("off", "counters", "ledger", "snapshot"),
     "tracker.kind": ("wandb", "none"),
     "tracker.mode": ("auto", "offline", "online"),
@@ -51,6 +61,9 @@ _POSITIVE = [
     "model.rope_theta",
     "model.norm_eps",
     "optimizer.eps",
+    "quantization.block_size",
+    "adapter.rank",
+    "adapter.alpha",
 ]
 
 # No tensor, batch or table of these many entries exists; a larger one is a slip of the keyboard.
@@ -72,6 +85,8 @@ _CHOSEN_BY_GROUP = {
     "loss": "kind",
     "optimizer": "kind",
     "measure": "level",
+    "quantization": "kind",
+    "adapter": "kind",
 }
 
 _NOT_NEGATIVE = [
@@ -79,6 +94,7 @@ _NOT_NEGATIVE = [
     "optimizer.lr",
     "optimizer.weight_decay",
     "optimizer.momentum",
+    "optimizer.min_8bit_size",
     "parallel.zero.stage3_prefetch_bucket_size",
     "parallel.zero.stage3_param_persistence_threshold",
     "parallel.zero.stage3_max_live_parameters",

@@ -12,6 +12,21 @@ from lab.vocab import AttentionBackend, Checkpointing, Precision, Strategy
 
 
 @dataclass(frozen=True)
+class HFConfig:
+    """What only Hugging Face families have; read from config.json (lab/config/hf_config.py), never set by hand."""
+
+    model_type: str = ""  # as config.json spells it
+    activation: str = "silu"  # silu | gelu | gelu_new, or a name that the prediction does not know
+    output_bias: bool = False  # bias of the attention's output projection; model.bias: of query, key and value
+    mlp_bias: bool = False
+    qk_norm: bool = False  # an RMSNorm per head on query and key (Qwen3)
+    sliding_window: int | None = None  # tokens; null: full attention
+    rope_type: str = "default"  # default | linear | llama3 | yarn | dynamic (recomputed in the forward)
+    embedding_dropout: float = 0.0  # GPT-2's embd_pdrop; model.dropout is the attention weights'
+    residual_dropout: float = 0.0  # GPT-2's resid_pdrop
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One decoder-only transformer: shapes and the options that matter for memory."""
 
@@ -33,6 +48,12 @@ class ModelConfig:
     dropout: float = 0.0  # after embedding, attention (weights and output) and MLP
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
+    # -- model=hf
+    path: str | None = None  # folder, hub id or config.json
+    random_weights: bool = False  # from config.json alone
+    allow_pickle: bool = False  # read a checkpoint that exists as a pickle only
+    family: str = "lab"  # lab | llama | mistral | qwen2 | qwen3 | gemma | gpt2 | other; from config.json
+    hf: HFConfig = field(default_factory=HFConfig)
 
 
 @dataclass(frozen=True)
@@ -116,28 +137,47 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    kind: str = "none"
+    """bitsandbytes Linear4bit and Linear8bitLt in place of the model's Linears; embeddings never."""
+
+    kind: str = "none"  # none | int8 | fp4 | nf4 | nf4_double
+    block_size: int = 64  # weights that share one absmax; the 4-bit kinds
+    compute_dtype: str = "bf16"  # bf16 | fp16 | fp32: of the product, and of the weights before they are quantized
+    storage_dtype: str = "uint8"  # uint8 | bf16 | fp16 | fp32: packed bytes seen as this type (FSDP needs a float)
+    skip_modules: tuple[str, ...] = ("head",)  # names, or last parts of names, of Linears that stay as they are
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    kind: str = "none"
+    """peft adapters beside frozen weights."""
+
+    kind: str = "none"  # none | lora | dora
+    rank: int = 16
+    alpha: float = 32.0  # the adapter's output is multiplied by alpha / rank
+    dropout: float = 0.05  # of the adapter's input
+    target_modules: tuple[str, ...] = ("all-linear",)  # all Linears but the head; or names, last parts of names
+    train_embeddings: bool = False  # the token embedding is trained too, as it is (peft's modules_to_save)
+    prepare_kbit: bool = True  # upcast half-precision parameters beside a quantized base to fp32, as peft does
+    save: bool = False  # write the trained adapter to the run folder's adapter/
+    load: str | None = None  # folder of a saved adapter to start from
+    allow_pickle: bool = False  # read an adapter that was saved as a pickle, which may run code
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    kind: str = "adamw"  # adamw | sgd
+    kind: str = "adamw"  # adamw | sgd | adafactor | adamw_8bit | paged_adamw_8bit | paged_adamw_32bit | lion_8bit
     implementation: str = "fused"  # foreach | fused | for_loop
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
     momentum: float = 0.9  # sgd; 0 keeps no state
+    min_8bit_size: int = 4096  # elements: smaller tensors keep fp32 states (bitsandbytes' 8-bit optimizers)
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    kind: str = "native"
+    kind: str = "native"  # native | accelerate
+    accelerate_config: str | None = None  # kind=accelerate: a config file of `accelerate launch`
 
 
 @dataclass(frozen=True)
