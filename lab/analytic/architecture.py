@@ -15,6 +15,10 @@ class ParameterSpec:
     name: str
     shape: tuple[int, ...]
     unit: int
+    linear: bool = False  # the weight of a Linear, [out, in]: what quantization and adapters are about
+    trainable: bool = True
+    quantized: str = ""  # int8 | fp4 | nf4 | nf4_double: stored packed
+    wide: bool = False  # fp32 whatever the precision: adapters, and what peft's k-bit preparation upcasts
 
     @property
     def numel(self) -> int:
@@ -35,7 +39,7 @@ def parameters(model: ModelConfig) -> list[ParameterSpec]:
             specs.append(ParameterSpec(f"{prefix}.bias", (h,), unit))
 
     def linear(prefix: str, out_features: int, in_features: int, unit: int) -> None:
-        specs.append(ParameterSpec(f"{prefix}.weight", (out_features, in_features), unit))
+        specs.append(ParameterSpec(f"{prefix}.weight", (out_features, in_features), unit, linear=True))
         if model.bias:
             specs.append(ParameterSpec(f"{prefix}.bias", (out_features,), unit))
 
@@ -56,7 +60,7 @@ def parameters(model: ModelConfig) -> list[ParameterSpec]:
         linear(f"{b}.mlp.down_proj", h, f, i)
     norm("norm", -1)
     if not model.tied_head:
-        specs.append(ParameterSpec("head.weight", (model.vocab_size, h), -1))
+        specs.append(ParameterSpec("head.weight", (model.vocab_size, h), -1, linear=True))
     return specs
 
 

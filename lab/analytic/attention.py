@@ -259,6 +259,20 @@ def attention(
     return fused(ops, q, k, v, a, backend)
 
 
+def autocast_attention(
+    ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, backend: AttentionBackend, dropout: float
+) -> Tensor:
+    """``attention`` of what autocast makes of q, k and v; the caller's stay as they are.
+
+    They are in the autocast type already behind plain Linears; quantized ones give back their input's type.
+    """
+    if ops.amp is not None:
+        q, k, v = (
+            ops.cast(t, ops.amp, f"{name}, autocast copy") for t, name in ((q, "query"), (k, "key"), (v, "value"))
+        )
+    return attention(ops, q, k, v, a, backend, dropout)
+
+
 def contiguous(ops: Ops, y: Tensor, backend: AttentionBackend) -> Tensor:
     """y.transpose(1, 2).reshape(b, s, n * d): a copy after eager and math; fused kernels write that layout."""
     return _copy(ops, y, "attention output") if backend in WRITTEN_OUT else y

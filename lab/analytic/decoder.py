@@ -9,8 +9,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Protocol
 
-from lab.analytic.attention import AttentionShape, attention, choose_backend, contiguous
+from lab.analytic.attention import AttentionShape, autocast_attention, choose_backend, contiguous
 from lab.analytic.checkpoint import checkpoint
+from lab.analytic.linears import Linears
 from lab.analytic.losses import cross_entropy, in_place_cross_entropy
 from lab.analytic.norms import rmsnorm_composite
 from lab.analytic.ops import Ops, Parameter
@@ -42,6 +43,7 @@ class Decoder:
         m, t = cfg.model, cfg.train
         self.shape = AttentionShape(t.micro_batch_size, t.seq_len, m.num_heads, m.num_kv_heads, m.head_dim)
         self.rows = t.micro_batch_size * t.seq_len
+        self.linears = Linears(cfg, ops, params, hooks)
         self.rope_tables: list[Tensor] = []
         self.compute_itemsize = FP32 if cfg.precision.kind is Precision.FP32 else BF16
         self.composite_rmsnorm = m.norm == "rmsnorm" and cfg.hardware.device_type == "cpu"
@@ -50,9 +52,7 @@ class Decoder:
         )
 
     def _linear(self, x: Tensor, name: str, label: str, rows: int | None = None) -> Tensor:
-        x = self.hooks.enter(name, x)
-        y = self.ops.linear(x, self.p[f"{name}.weight"], self.p.get(f"{name}.bias"), rows or self.rows, label)
-        return self.hooks.leave(name, y)
+        return self.linears(x, name, label, rows or self.rows)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         x = self.hooks.enter(name, x)
@@ -97,7 +97,7 @@ class Decoder:
         if self.cfg.model.position == "rope":
             q = self.ops.rope(q, "query")
             k = self.ops.rope(k, "key")
-        y = attention(self.ops, q, k, v, self.shape, self.backend, self.cfg.model.dropout)
+        y = autocast_attention(self.ops, q, k, v, self.shape, self.backend, self.cfg.model.dropout)
         return self._linear(contiguous(self.ops, y, self.backend), f"{prefix}.o_proj", "attention projection")
 
     def _project(self, x: Tensor, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,9 +182,10 @@ class Decoder:
         return hooks.post_forward(-1, hooks.leave("", loss))
 
     def _logits(self, x: Tensor, rows: int) -> Tensor:
-        name = "embedding" if self.cfg.model.tied_head else "head"
+        if not self.cfg.model.tied_head:
+            return self.linears(x, "head", "logits", rows)
         x = self.hooks.enter("head", x)
-        return self.hooks.leave("head", self.ops.linear(x, self.p[f"{name}.weight"], None, rows, "logits"))
+        return self.hooks.leave("head", self.ops.linear(x, self.p["embedding.weight"], None, rows, "logits"))
 
     def _in_place_loss(self, x: Tensor) -> Tensor:
         return in_place_cross_entropy(self.ops, self._logits(x, self.rows), self.rows)

@@ -46,6 +46,7 @@ def rmsnorm_composite(ops: Ops, x: Tensor, w: Parameter, rows: int, label: str) 
     normal = tape.new(numel, FP32, label + " normalised")
     normal.node = node
     del wide, rstd, node
+
     def scale_backward(grads: Grads) -> Grads:
         gx = tape.new(numel, FP32, label + " gradient") if needs_x else None
         if not w.trainable:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from lab.analytic.architecture import parameters
 from lab.analytic.decoder import Decoder
+from lab.analytic.inventory import inventory
 from lab.analytic.ops import Ops
-from lab.analytic.sharding import RULES
+from lab.analytic.sharding import rule_of
 from lab.analytic.tape import FP32, INT64, Tape, Tensor, Trace
 from lab.analytic.timeline import phase_mark
 from lab.config import RunConfig
@@ -20,7 +20,7 @@ class Replay:
         self.gpu = cfg.hardware.device_type == "cuda"
         self.trace = Trace(cfg.hardware.allocation_alignment_bytes, self.gpu)
         self.tape = Tape(self.trace)
-        self.rule = RULES[cfg.parallel.strategy](cfg, self.tape, parameters(cfg.model))
+        self.rule = rule_of(cfg)(cfg, self.tape, inventory(cfg))
         self.rule.rank = rank
         self.ops = Ops(
             self.tape,
@@ -80,12 +80,13 @@ class Replay:
             roots.append(ops.scale(loss, "loss over micro-steps"))
             roots.append(ops.scale(roots[-1], "scaled loss"))
             return roots
-        if self.cfg.train.gradient_accumulation_steps > 1:
+        if self.cfg.train.gradient_accumulation_steps > 1 or self.rule.always_divides_loss:
             roots = [ops.scale(loss, "loss over micro-steps")]
         if self.cfg.precision.kind is Precision.FP16_MIXED:
             if self.done == 0:
                 self.kept += [self.tape.new(1, FP32, name) for name in ("loss scale", "growth tracker")]
-            roots = [ops.scale(roots[-1], "scaled loss")]
+            held = roots if self.rule.always_divides_loss else []  # Accelerate's local variable
+            roots = [*held, ops.scale(roots[-1], "scaled loss")]
         return roots
 
     def _forward(self) -> Tensor:

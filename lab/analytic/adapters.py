@@ -1,0 +1,109 @@
+"""LoRA and DoRA beside frozen Linears, as peft computes them: their parameters, and what a forward keeps.
+
+Source: peft 0.21, tuners/lora/layer.py (Linear), bnb.py (Linear4bit, Linear8bitLt), dora.py, variants.py. The adapter's
+weights are fp32 (autocast_adapter_dtype), so its input is cast to fp32 where it is not (the bitsandbytes layers
+leave that to CUDA's autocast). A frozen base keeps nothing of its own; the adapter keeps its dropped-out input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from lab.analytic.architecture import ParameterSpec
+from lab.analytic.ops import Ops, Parameter
+from lab.analytic.quantization import matches
+from lab.analytic.tape import Grads, Tensor
+from lab.config import AdapterConfig, QuantizationConfig
+
+ALL_LINEAR = "all-linear"
+
+
+def targets(spec: ParameterSpec, cfg: AdapterConfig) -> bool:
+    """Is this parameter the weight of a Linear that gets an adapter? ``all-linear``: every Linear inside a block."""
+    if not spec.linear or cfg.kind == "none":
+        return False
+    if ALL_LINEAR in cfg.target_modules and spec.unit >= 0:
+        return True
+    return matches(spec.name.removesuffix(".weight"), cfg.target_modules)
+
+
+def adapt(
+    specs: list[ParameterSpec], cfg: AdapterConfig, quantization: QuantizationConfig, embedding: str
+) -> list[ParameterSpec]:
+    """The base frozen, each target followed by its adapter's weights: A [r, in], B [out, r], DoRA's magnitude [out].
+
+    With ``prepare_kbit`` what is not quantized beside a quantized base is fp32. ``train_embeddings``: the parameter
+    named ``embedding`` is trained.
+    """
+    if cfg.kind == "none":
+        return specs
+    upcast = cfg.prepare_kbit and quantization.kind != "none"
+    out: list[ParameterSpec] = []
+    pending: list[ParameterSpec] = []
+    for spec in specs:
+        name = spec.name.removesuffix(".weight")
+        if not spec.name.endswith(".bias"):  # a bias stands between its weight and the adapter
+            out, pending = out + pending, []
+        trained = cfg.train_embeddings and spec.name == embedding
+        out.append(replace(spec, trainable=trained, wide=spec.wide or (upcast and not spec.quantized)))
+        if targets(spec, cfg):
+            rows, columns = spec.shape
+            shapes: dict[str, tuple[int, ...]] = {
+                "lora_A.weight": (cfg.rank, columns),
+                "lora_B.weight": (rows, cfg.rank),
+            }
+            if cfg.kind == "dora":
+                shapes["lora_magnitude_vector.weight"] = (rows,)
+            pending = [ParameterSpec(f"{name}.{leaf}", shape, spec.unit, wide=True) for leaf, shape in shapes.items()]
+    return out + pending
+
+
+def lora(
+    ops: Ops,
+    base: Callable[[Tensor], Tensor],
+    x: Tensor,
+    a: Parameter,
+    b: Parameter,
+    rows: int,
+    label: str,
+    dropout: float,
+    quantized: str,
+) -> Tensor:
+    """base(x) + B(A(dropout(x))) * scaling, in base's output type.
+
+    ``quantized`` (the base's kind, "" if plain): a 4-bit base's output is cloned first; under CUDA's autocast the
+    bitsandbytes layers neither cast x to the adapter's type nor its output to the base's.
+    """
+    result = base(x)
+    if quantized and quantized != "int8":
+        result = _clone(ops, result, label)
+    size_out = result.itemsize
+    converts = not quantized or ops.amp is None or not ops.tape.trace.on_device_kernels
+    if converts:
+        x = ops.cast(x, a.tensor.itemsize, label + " adapter input, fp32")
+    delta = _low_rank(ops, x, a, b, rows, label, dropout)
+    del x
+    if converts and quantized:
+        delta = ops.cast(delta, size_out, label + " adapter output, base's type")
+    result = ops.add(result, delta, label + " adapted")
+    del delta
+    return ops.cast(result, size_out, label + " adapted, base's type")
+
+
+def _low_rank(ops: Ops, x: Tensor, a: Parameter, b: Parameter, rows: int, label: str, dropout: float) -> Tensor:
+    """B(A(dropout(x))) * scaling. Only the last tensor and what backward needs is left."""
+    down = ops.linear(ops.dropout(x, label + " adapter dropout") if dropout else x, a, None, rows, label + " adapter A")
+    up = ops.linear(down, b, None, rows, label + " adapter B")
+    del down
+    return ops.scale(up, label + " adapter output")
+
+
+def _clone(ops: Ops, x: Tensor, label: str) -> Tensor:
+    y = ops.new(x.numel, x.itemsize, label + " clone")
+    y.node = ops.tape.node([x], _pass)
+    return y
+
+
+def _pass(grads: Grads) -> Grads:
+    return [grads[0]]

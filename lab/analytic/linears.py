@@ -1,0 +1,57 @@
+"""Every Linear of a model: plain, quantized, with an adapter or both. The one seam for all families."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from lab.analytic.adapters import lora
+from lab.analytic.ops import Ops, Parameter
+from lab.analytic.quantization import compute_itemsize, linear_4bit, linear_int8
+from lab.analytic.tape import Tensor
+from lab.config import RunConfig
+
+
+class ModuleHooks(Protocol):
+    """What a strategy does around a module's call."""
+
+    def enter(self, module: str, x: Tensor) -> Tensor: ...
+    def leave(self, module: str, y: Tensor) -> Tensor: ...
+
+
+class Linears:
+    """``linears(x, name, label, rows)`` is module ``name`` applied to x [rows, in].
+
+    A weight that was quantized says so itself (``Parameter.quantized``); a module has an adapter if
+    ``NAME.lora_A.weight`` is among the parameters. ``label`` names the output in the trace.
+    """
+
+    def __init__(self, cfg: RunConfig, ops: Ops, params: dict[str, Parameter], hooks: ModuleHooks) -> None:
+        self.cfg, self.ops, self.p, self.hooks = cfg, ops, params, hooks
+        self.compute_itemsize = compute_itemsize(cfg.quantization)
+
+    def __call__(self, x: Tensor, name: str, label: str, rows: int) -> Tensor:
+        x = self.hooks.enter(name, x)
+        return self.hooks.leave(name, self._forward(x, name, label, rows))
+
+    def _forward(self, x: Tensor, name: str, label: str, rows: int) -> Tensor:
+        down = self.p.get(f"{name}.lora_A.weight")
+        if down is None:
+            return self._base(x, name, label, rows)
+        weight = self.p[f"{name}.weight"]
+
+        def base(y: Tensor) -> Tensor:
+            inner = f"{name}.base_layer"
+            y = self.hooks.enter(inner, y)
+            return self.hooks.leave(inner, self._base(y, name, label, rows))
+
+        kind = weight.quantized.kind if weight.quantized else ""
+        up = self.p[f"{name}.lora_B.weight"]
+        return lora(self.ops, base, x, down, up, rows, label, self.cfg.adapter.dropout, kind)
+
+    def _base(self, x: Tensor, name: str, label: str, rows: int) -> Tensor:
+        w, b = self.p[f"{name}.weight"], self.p.get(f"{name}.bias")
+        if w.quantized is None:
+            return self.ops.linear(x, w, b, rows, label)
+        if w.quantized.kind == "int8":
+            return linear_int8(self.ops, x, w, b, rows, label)
+        return linear_4bit(self.ops, x, w, b, rows, label, self.compute_itemsize)
