@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from lab.analytic.architecture import ParameterSpec
-from lab.analytic.ops import Parameter
-from lab.analytic.optimizers import Optimizer, clip_gradients
+from lab.analytic.make_optimizer import make_optimizer
+from lab.analytic.ops import Parameter, Quantized
+from lab.analytic.optimizers import Shape, clip_gradients
+from lab.analytic.quantization import Quantizer, compute_itemsize
 from lab.analytic.tape import BF16, FP32, Accumulator, Tape, Tensor
 from lab.config import RunConfig
 from lab.vocab import MemoryCategory, Precision
@@ -20,13 +22,16 @@ class Rule:
 
     steady_step = 2
     deepspeed = False  # its engine always divides the loss by the micro-steps and multiplies it by the loss scale
+    always_divides_loss = False  # Accelerate's backward divides by the micro-steps even where there is one
     linear_keeps_parameter = False  # DeepSpeed's LinearFunctionForZeroStage3, see Ops.linear
 
     def __init__(self, cfg: RunConfig, tape: Tape, specs: list[ParameterSpec]) -> None:
         self.cfg, self.tape, self.specs = cfg, tape, specs
+        self.trained = [s for s in specs if s.trainable]
+        self.quantizer = Quantizer(tape, cfg.quantization)
         self.world = cfg.world_size
         self.half = cfg.precision.kind is not Precision.FP32
-        self.optimizer = Optimizer(tape, cfg.optimizer)
+        self.optimizer = make_optimizer(tape, cfg)
         self.parameters: dict[str, Parameter] = {}
         self.last_micro_step = True
         self.rank = 0  # the one that is replayed
@@ -42,6 +47,10 @@ class Rule:
         """Bytes per element of the stored parameters."""
         return BF16 if self.cfg.precision.kind is Precision.BF16_PURE else FP32
 
+    def itemsize_of(self, spec: ParameterSpec) -> int:
+        """Bytes per element of one stored parameter that is not quantized."""
+        return FP32 if spec.wide else self.parameter_itemsize
+
     @property
     def compute_itemsize(self) -> int:
         """Bytes per element of matmul operands."""
@@ -55,16 +64,22 @@ class Rule:
     # -- life of a run -------------------------------------------------------------------------
 
     def build(self) -> None:
-        for spec in self.specs:  # parallel/materialise.py: drawn in fp32, then cast
-            tensor = self.tape.new(spec.numel, FP32, spec.name, PARAMETERS)
-            if self.parameter_itemsize != FP32:
-                tensor = self.tape.new(spec.numel, self.parameter_itemsize, spec.name, PARAMETERS)
-            self.add_parameter(spec, tensor)
+        for spec in self.specs:
+            tensor, quantized = self.materialise(spec)
+            self.add_parameter(spec, tensor, quantized)
             del tensor
 
-    def add_parameter(self, spec: ParameterSpec, tensor: Tensor) -> Parameter:
+    def materialise(self, spec: ParameterSpec) -> tuple[Tensor, Quantized | None]:
+        """parallel/materialise.py: drawn in fp32, then cast; a weight to be quantized is cast to the compute dtype."""
+        size = compute_itemsize(self.cfg.quantization) if spec.quantized else self.itemsize_of(spec)
+        tensor = self.tape.new(spec.numel, FP32, spec.name, PARAMETERS)
+        if size != FP32:
+            tensor = self.tape.new(spec.numel, size, spec.name, PARAMETERS)
+        return self.quantizer.store(spec, tensor) if spec.quantized else (tensor, None)
+
+    def add_parameter(self, spec: ParameterSpec, tensor: Tensor, quantized: Quantized | None = None) -> Parameter:
         accumulator = Accumulator(spec.name)
-        parameter = Parameter(spec.name, spec.shape, tensor, accumulator)
+        parameter = Parameter(spec.name, spec.shape, tensor, accumulator, spec.trainable, quantized)
         accumulator.on_grad = lambda: self.grad_ready(spec, parameter)
         self.parameters[spec.name] = parameter
         return parameter
@@ -76,13 +91,17 @@ class Rule:
     def optimizer_step(self) -> None:
         norm: Tensor | None = None
         if self.cfg.train.max_grad_norm is not None:
-            norm = clip_gradients(self.tape, len(self.specs), self.parameter_itemsize)
+            norm = clip_gradients(self.tape, len(self.trained), max(self.itemsize_of(s) for s in self.trained))
         del norm
-        self.optimizer.step(self.optimizer_parameters())
+        self.optimizer.step(self.optimizer_parameters(), self.optimizer_shapes())
 
     def optimizer_parameters(self) -> list[tuple[int, int]]:
         """(elements, element size) of what the optimizer sees, in order."""
-        return [(s.numel, self.parameter_itemsize) for s in self.specs]
+        return [(s.numel, self.itemsize_of(s)) for s in self.trained]
+
+    def optimizer_shapes(self) -> list[Shape] | None:
+        """Their shapes; None: flat."""
+        return [s.shape for s in self.trained]
 
     def zero_grad(self) -> None:
         for p in self.parameters.values():

@@ -34,7 +34,7 @@ class DDP(Rule):
     def build(self) -> None:
         super().build()
         self._broadcast()
-        self.buckets = self._buckets(self.specs, [sum(s.numel for s in self.specs) * self.parameter_itemsize])
+        self.buckets = self._buckets(self.trained, [sum(s.numel * self.itemsize_of(s) for s in self.trained)])
         self.arrived: list[ParameterSpec] = []
         self.rebuilt = False
         self.first_bucket: list[Tensor] = []
@@ -43,27 +43,41 @@ class DDP(Rule):
     def _broadcast(self) -> None:
         """_sync_module_states: flat copies of up to 250 MiB (and the parameter that fills one), two at a time."""
         flying: list[Tensor] = []
-        for numel in self._assign(self.specs, [BROADCAST_BYTES]):
+        for numel, size in self._assign([self._stored(s) for s in self.specs], [BROADCAST_BYTES]):
             if len(flying) == 2:
                 flying.pop(0)
-            flying.append(self.tape.new(numel, self.parameter_itemsize, "DDP broadcast", MemoryCategory.COMM_BUFFERS))
+            flying.append(self.tape.new(numel, size, "DDP broadcast", MemoryCategory.COMM_BUFFERS))
         while flying:
             flying.pop(0)
 
+    def _stored(self, spec: ParameterSpec) -> tuple[int, int]:
+        tensor = self.parameters[spec.name].tensor
+        return tensor.numel, tensor.itemsize
+
     def _buckets(self, order: list[ParameterSpec], caps: list[int]) -> list[Tensor]:
         category = MemoryCategory.COMM_BUFFERS
-        return [self.tape.new(n, self.parameter_itemsize, "DDP bucket", category) for n in self._assign(order, caps)]
+        sizes = self._assign([(s.numel, self.itemsize_of(s)) for s in order], caps)
+        return [self.tape.new(numel, size, "DDP bucket", category) for numel, size in sizes]
 
-    def _assign(self, order: list[ParameterSpec], caps: list[int]) -> list[int]:
-        """compute_bucket_assignment_by_size: a bucket closes when it reaches its cap, in bytes. Elements per bucket."""
-        sizes, filled = [], 0
-        for spec in order:
-            filled += spec.numel
-            if filled * self.parameter_itemsize >= caps[0]:
-                sizes.append(filled)
-                filled = 0
-                caps = caps[1:] or caps
-        return [*sizes, filled] if filled else sizes
+    def _assign(self, tensors: list[tuple[int, int]], caps: list[int]) -> list[tuple[int, int]]:
+        """compute_bucket_assignment_by_size: a bucket closes when it reaches its cap, in bytes; one type each.
+
+        (elements, element size) of tensors -> of buckets. Every type counts through the caps by itself.
+        """
+        done: list[tuple[int, int]] = []
+        filled: dict[int, int] = {}
+        left: dict[int, list[int]] = {}
+        for numel, size in tensors:
+            filled[size] = filled.get(size, 0) + numel
+            own = left.setdefault(size, caps)
+            if filled[size] * size >= own[0]:
+                done.append((filled.pop(size), size))
+                left[size] = own[1:] or own
+        return done + [(numel, size) for size, numel in filled.items()]
+
+    def bucket_caps(self) -> list[int]:
+        """Caps in bytes of the buckets made in the second step; the last one holds for all that follow."""
+        return [int(self.cfg.parallel.ddp.bucket_cap_mb * MIB)]
 
     def grad_ready(self, spec: ParameterSpec, parameter: Parameter) -> None:
         if not self.rebuilt and self.last_micro_step:
@@ -94,4 +108,4 @@ class DDP(Rule):
             self.rebuilt, self.reduced = True, 0
             self.first_bucket = self.buckets if self.tape.trace.on_device_kernels else []
             self.buckets = []
-            self.buckets = self._buckets(self.arrived, [int(self.cfg.parallel.ddp.bucket_cap_mb * MIB)])
+            self.buckets = self._buckets(self.arrived, self.bucket_caps())
