@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from lab.config import RunConfig
 from lab.model import Decoder
+from lab.model.hf import build_hf_model
 from lab.parallel import Engine, build_engine
 from lab.transforms.checkpointing import apply_checkpointing
 from lab.transforms.precision import apply_tf32, parameter_dtype
 
 
-def build_meta_model(cfg: RunConfig) -> Decoder:
+def build_meta_model(cfg: RunConfig) -> nn.Module:
     """The model on the meta device in its parameter dtype: no memory, no values."""
+    if cfg.model.family != "lab":
+        return build_hf_model(cfg, parameter_dtype(cfg))  # with transformers' own checkpointing
     with torch.device("meta"):
         model = Decoder(cfg.model, cfg.attention, cfg.loss)
     model.to(parameter_dtype(cfg))
@@ -26,5 +30,6 @@ def build(cfg: RunConfig, device: torch.device) -> Engine:
     rank = dist.get_rank() if dist.is_initialized() else 0
     torch.manual_seed(cfg.seed + rank)  # dropout masks differ over ranks; the weights have seeds of their own
     model = build_meta_model(cfg)
-    apply_checkpointing(model.blocks, cfg)
+    if cfg.model.family == "lab":
+        apply_checkpointing(model.get_submodule("blocks"), cfg)
     return build_engine(cfg, model, device)

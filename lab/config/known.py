@@ -14,12 +14,12 @@ from typing import Any
 from lab.config.schema import RunConfig
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
-_NOT_SETTINGS = ("choices", "overrides")  # filled in, never given
+_NOT_SETTINGS = ("choices", "overrides", "model.family", "model.hf")  # filled in, never given
 
 
 def groups() -> list[str]:
-    """Folders of ``configs``: what `GROUP=OPTION` may name."""
-    return sorted(p.name for p in CONFIG_DIR.iterdir() if p.is_dir())
+    """Folders of ``configs`` with options in them: what `GROUP=OPTION` may name."""
+    return sorted(p.name for p in CONFIG_DIR.iterdir() if p.is_dir() and p.name != "hf")  # hf: config.json files
 
 
 def options(group: str) -> list[str]:
@@ -33,7 +33,7 @@ def settings() -> dict[str, Any]:
 
     def walk(cls: type, prefix: str) -> None:
         for name, kind in typing.get_type_hints(cls).items():
-            if prefix or name not in _NOT_SETTINGS:
+            if prefix + name not in _NOT_SETTINGS:
                 found[prefix + name] = kind
                 if dataclasses.is_dataclass(kind):
                     walk(typing.cast(type, kind), f"{prefix}{name}.")

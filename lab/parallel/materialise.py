@@ -12,23 +12,27 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-RESIDUAL_PROJECTIONS = ("o_proj", "down_proj")
+RESIDUAL_PROJECTIONS = ("o_proj", "down_proj", "c_proj")
 STANDARD_DEVIATION = 0.02
 
 
 @dataclass
 class Slot:
-    """One parameter and every place in the module tree that holds it (two with a tied head)."""
+    """One parameter and every place in the module tree that holds it (two with a tied head).
+
+    ``stored`` reads its value from a checkpoint, on the host; None where it is drawn.
+    """
 
     name: str
     parameter: nn.Parameter
     places: list[tuple[nn.Module, str]] = field(default_factory=list)
+    stored: Callable[[], Tensor] | None = None
 
     def put(self, parameter: nn.Parameter) -> None:
         """Replace the parameter everywhere; ties stay ties."""
@@ -44,16 +48,25 @@ def slots(model: nn.Module) -> list[Slot]:
         for leaf, parameter in module.named_parameters(recurse=False):
             name = f"{prefix}.{leaf}" if prefix else leaf
             found.setdefault(id(parameter), Slot(name, parameter)).places.append((module, leaf))
+    if (stored := getattr(model, "stored_value", None)) is not None:  # a checkpoint's, for a Hugging Face model
+        for slot in found.values():
+            slot.stored = stored(slot.name)
     return list(found.values())
 
 
 def initial_value(slot: Slot, seed: int, num_layers: int, device: torch.device) -> Tensor:
-    """The whole parameter in fp32 on ``device``. Raises TypeError for a module kind it does not know."""
+    """The whole parameter on ``device``: drawn in fp32, or as the checkpoint has it, in the parameter's own type.
+
+    Raises TypeError for a module kind that it cannot draw.
+    """
     module, leaf = slot.places[0]
-    shape = slot.parameter.shape
-    if isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
-        return torch.ones(shape, device=device) if leaf == "weight" else torch.zeros(shape, device=device)
-    if not isinstance(module, (nn.Linear, nn.Embedding)):
+    shape, kind = slot.parameter.shape, type(module).__name__
+    if slot.stored is not None:  # cast on the host, so that the device never holds both types
+        return torch.empty(shape, dtype=slot.parameter.dtype, device=device).copy_(slot.stored())
+    if isinstance(module, (nn.RMSNorm, nn.LayerNorm)) or "RMSNorm" in kind:
+        ones = leaf == "weight" and kind != "GemmaRMSNorm"  # which adds one itself
+        return torch.ones(shape, device=device) if ones else torch.zeros(shape, device=device)
+    if not isinstance(module, (nn.Linear, nn.Embedding)) and kind != "Conv1D":
         raise TypeError(f"{slot.name}: no initialisation for a parameter of {type(module).__name__}")
     if leaf == "bias":
         return torch.zeros(shape, device=device)
@@ -72,8 +85,16 @@ def materialise(
 
     ``only`` restricts to these parameters (by ``id``): ZeRO-3 partitions a block before the next one exists.
     """
+    materialise_buffers(model, device, only_meta=True)
     for slot in slots(model):
         if slot.parameter.is_meta and (only is None or id(slot.parameter) in only):
             value = initial_value(slot, seed, num_layers, device).to(slot.parameter.dtype)
             slot.put(nn.Parameter(value, requires_grad=slot.parameter.requires_grad))
             yield slot
+
+
+def materialise_buffers(model: nn.Module, device: torch.device, only_meta: bool) -> None:
+    """Buffers that a Hugging Face model computes (rotary frequencies); the lab's own decoder has none."""
+    make = getattr(model, "materialise_buffers", None)
+    if make is not None and not (only_meta and not any(b.is_meta for b in model.buffers())):
+        make(device)
