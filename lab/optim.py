@@ -1,4 +1,4 @@
-"""The optimizer and the learning rate: torch.optim only, with the implementation asked for."""
+"""The optimizer and the learning rate: torch.optim with the implementation asked for, or bitsandbytes."""
 
 from __future__ import annotations
 
@@ -9,24 +9,35 @@ import torch
 from torch import nn
 
 from lab.config import OptimizerConfig, RunConfig
+from lab.transforms.bnb_optimizers import CLASSES, build_bnb_optimizer, paged_notes
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], cfg: OptimizerConfig) -> torch.optim.Optimizer:
     """One parameter group, weight decay on everything (so that ZeRO keeps one flat partition).
 
     ``implementation``: fused | foreach | for_loop, the flags of torch.optim. Fused keeps AdamW's step
-    counters on the device (4 bytes per tensor), the others on the host.
+    counters on the device (4 bytes per tensor), the others on the host. Adafactor keeps torch's beta2_decay, eps and d.
     """
+    params = list(parameters)
+    if cfg.kind in CLASSES:
+        return build_bnb_optimizer(params, cfg)
+    foreach = cfg.implementation == "foreach"
+    if cfg.kind == "adafactor":
+        return torch.optim.Adafactor(params, lr=cfg.lr, weight_decay=cfg.weight_decay, foreach=foreach)
     common: dict[str, Any] = {
         "lr": cfg.lr,
         "weight_decay": cfg.weight_decay,
         "fused": cfg.implementation == "fused",
-        "foreach": cfg.implementation == "foreach",
+        "foreach": foreach,
     }
-    params = list(parameters)
     if cfg.kind == "sgd":
         return torch.optim.SGD(params, momentum=cfg.momentum, **common)
     return torch.optim.AdamW(params, betas=cfg.betas, eps=cfg.eps, **common)
+
+
+def optimizer_notes(cfg: OptimizerConfig, device: torch.device) -> list[str]:
+    """What the record should say of where the states were, once training is over."""
+    return paged_notes(cfg, device)
 
 
 def learning_rate(cfg: RunConfig, step: int) -> float:

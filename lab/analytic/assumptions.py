@@ -6,8 +6,11 @@ from lab.config import RunConfig
 from lab.vocab import Precision, Strategy
 
 
-def assumptions(cfg: RunConfig) -> list[str]:
-    """One sentence per thing that is taken for granted or left out for this configuration."""
+def assumptions(cfg: RunConfig, managed_bytes: int = 0) -> list[str]:
+    """One sentence per thing that is taken for granted or left out for this configuration.
+
+    ``managed_bytes``: paged optimizer states of the worst rank.
+    """
     out = ["worst rank; steady state is the step from which steps repeat"]
     if cfg.hardware.device_type == "cuda":
         out.append("caching allocator with default settings; segment addresses as one driver (580.159) gives them")
@@ -28,6 +31,13 @@ def assumptions(cfg: RunConfig) -> list[str]:
     if cfg.parallel.strategy is Strategy.DDP and cfg.hardware.device_type == "cuda":
         out.append(
             "DDP: the first backward's bucket is kept until the second step's first all-reduce (NCCL's watchdog)"
+        )
+    if cfg.optimizer.kind.startswith("paged_") and cfg.hardware.device_type == "cpu":
+        out.append("paged optimizer on a CPU: bitsandbytes does not page there, its states are plain tensors")
+    if managed_bytes:
+        out.append(
+            f"{managed_bytes} bytes of optimizer states in CUDA managed memory, outside PyTorch's allocator: "
+            "in device_used as long as the GPU has room for them, else on the host"
         )
     if cfg.train.compile:
         out.append("train.compile=true: memory of compiled graphs is not modelled; this is the eager prediction")

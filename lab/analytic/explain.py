@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lab.analytic.allocator import simulate
-from lab.analytic.architecture import parameters
+from lab.analytic.architecture import ParameterSpec, parameters
 from lab.analytic.decoder import Decoder
+from lab.analytic.optimizers_8bit import PAGED_FROM
 from lab.analytic.sources import NAMED, parameter_of, source_of
 from lab.analytic.step import Replay
 from lab.analytic.symbols import Values, evaluations, values_of, with_parameter
@@ -26,7 +27,9 @@ from lab.vocab import MemoryBreakdown, MemoryCategory, StepPhase
 
 PEAK = "peak"
 MOMENTS = (*(p.value for p in StepPhase if p is not StepPhase.BUILD), PEAK)
-_PER_PARAMETER = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
+# Optimizer states that are made one per parameter, or per parameter of a kind (_made_for).
+_PER_PARAMETER = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer", "row_var", "col_var", "variance")
+_PER_PARAMETER += ("state1", "state2", "absmax1", "absmax2")
 
 
 @dataclass
@@ -213,7 +216,7 @@ def described(
     """(storage, layer, what it is). The layer is None for what belongs to no block or to all of them."""
     values = values_of(cfg)
     specs = {s.name: s for s in parameters(cfg.model)}
-    owners = _owners(replay, list(specs))
+    owners = _owners(replay)
     layer_at = _layer_finder(replay.layered.spans)
     for storage in storages:
         rule = source_of(storage.label)
@@ -244,18 +247,28 @@ def described(
         yield storage, layer, item
 
 
-def _owners(replay: Replay, names: list[str]) -> dict[int, str]:
+def _owners(replay: Replay) -> dict[int, str]:
     """Storage -> parameter, for optimizer state that was made one tensor per parameter, in their order."""
     made: dict[str, list[int]] = {label: [] for label in _PER_PARAMETER}
     for kind, ident, _, _, label, _ in replay.trace.events:
         if kind == ALLOC and label in made:
             made[label].append(ident)
-    return {
-        ident: name
-        for idents in made.values()
-        if len(idents) == len(names)
-        for ident, name in zip(idents, names, strict=True)
-    }
+    owners: dict[int, str] = {}
+    for label, idents in made.items():
+        names = [s.name for s in replay.rule.trained if _made_for(label, s, replay.cfg)]
+        if len(idents) == len(names):
+            owners.update(zip(idents, names, strict=True))
+    return owners
+
+
+def _made_for(label: str, spec: ParameterSpec, cfg: RunConfig) -> bool:
+    """Whether a parameter has this state in an allocation of its own."""
+    if label in ("row_var", "col_var", "variance"):
+        return (len(spec.shape) > 1) != (label == "variance")
+    if label.startswith("absmax"):
+        return spec.numel >= cfg.optimizer.min_8bit_size
+    paged = cfg.optimizer.kind.startswith("paged_") and cfg.hardware.device_type == "cuda"
+    return not (paged and label.startswith("state") and spec.numel >= PAGED_FROM)
 
 
 def _layer_finder(spans: list[tuple[int, int, int]]) -> Callable[[int], int | None]:

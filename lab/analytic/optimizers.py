@@ -1,10 +1,11 @@
-"""Optimizer state and what one optimizer step allocates for a moment, per implementation.
+"""Optimizer state and what one optimizer step allocates for a moment, per implementation: AdamW and SGD.
 
 torch/optim/adamw.py and sgd.py (2.11 and 2.13): state is made at the first step, in parameter order.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from lab.analytic.tape import FP32, Tape, Tensor
@@ -12,9 +13,28 @@ from lab.config import OptimizerConfig
 from lab.vocab import MemoryCategory
 
 STATES = MemoryCategory.OPTIMIZER_STATES
+Shape = tuple[int, ...]
 
 
-class Optimizer:
+class Optimizer(ABC):
+    """What every optimizer's replay offers. ``managed_bytes``: states that no allocator of PyTorch's holds."""
+
+    def __init__(self, tape: Tape, cfg: OptimizerConfig) -> None:
+        self.tape, self.cfg = tape, cfg
+        self.states: list[Tensor] = []
+        self.made: set[int] = set()  # groups whose states exist
+        self.managed_bytes = 0
+
+    @abstractmethod
+    def step(self, params: Sequence[tuple[int, int]], shapes: Sequence[Shape] | None = None, group: int = 0) -> None:
+        """One step of the real optimizer.
+
+        params: (elements, element size) of every tensor with a gradient, in order; shapes: theirs, None for vectors
+        (ZeRO's flat partitions). Calls with another ``group`` are steps over other tensors: ZeRO-3's sub-groups.
+        """
+
+
+class TorchOptimizer(Optimizer):
     """AdamW or SGD over flat tensors: ``step`` replays torch.optim's allocations.
 
     AdamW: exp_avg and exp_avg_sq in the parameter's type, and a step counter per parameter (fp32, 4 B) that is
@@ -23,17 +43,14 @@ class Optimizer:
     the for-loop takes two such tensors of one parameter, and keeps the last until the next is made.
     """
 
-    def __init__(self, tape: Tape, cfg: OptimizerConfig) -> None:
-        self.tape, self.cfg = tape, cfg
-        self.states: list[Tensor] = []
-
-    def step(self, params: Sequence[tuple[int, int]]) -> None:
-        """params: (elements, element size) of every parameter with a gradient, in order."""
+    def step(self, params: Sequence[tuple[int, int]], shapes: Sequence[Shape] | None = None, group: int = 0) -> None:
         new, implementation = self.tape.new, self.cfg.implementation
+        first = group not in self.made
+        self.made.add(group)
         if self.cfg.kind == "sgd":
-            self._sgd(params)
+            self._sgd(params, first)
             return
-        if not self.states:
+        if first:
             self._make_states(params)
         if implementation == "foreach":
             held = [new(n, size, "sqrt(exp_avg_sq)") for n, size in params]
@@ -48,11 +65,10 @@ class Optimizer:
                 del quotient
             del denominator
 
-    def _sgd(self, params: Sequence[tuple[int, int]]) -> None:
+    def _sgd(self, params: Sequence[tuple[int, int]], first: bool) -> None:
         """Weight decay adds parameters to copies of the gradients: all at once (foreach) or one by one (for-loop)."""
         decayed = self.cfg.implementation != "fused" and self.cfg.weight_decay > 0
         groups = [params] if self.cfg.implementation == "foreach" else [[p] for p in params]
-        first = not self.states
         for group in groups:
             held = [self.tape.new(n, size, "gradient plus weight decay") for n, size in group] if decayed else []
             if first:

@@ -48,9 +48,10 @@ def column_sum_workspace_bytes(rows: int, columns: int, itemsize: int, num_sms: 
     return 4 * columns * blocks * width * vector + 4 * grid
 
 
-def norm_workspace_bytes(numel: int, num_sms: int) -> int:
-    """Bytes that the 2-norm of ``numel`` contiguous fp64 elements takes while it runs: a partial sum per thread block.
+def norm_workspace_bytes(numel: int, num_sms: int, accumulator_bytes: int = 8) -> int:
+    """Bytes that the 2-norm (or sum) of ``numel`` contiguous elements takes while it runs: a partial sum per block.
 
+    ``accumulator_bytes``: 8 for fp64, 4 for fp32 and half precision.
     Source: Reduce.cuh as above, one output, 512 threads along the row. Its semaphore, 4 B, is an allocation of its own.
     """
     per_thread = _div_up(numel, MAX_THREADS)
@@ -58,4 +59,4 @@ def norm_workspace_bytes(numel: int, num_sms: int) -> int:
         return 0
     target = num_sms * (THREADS_PER_SM // MAX_THREADS)
     blocks = max(min(target, _div_up(per_thread, MIN_VALUES)), _div_up(per_thread, MAX_VALUES))
-    return 8 * blocks if blocks > 1 else 0
+    return accumulator_bytes * blocks if blocks > 1 else 0

@@ -19,6 +19,7 @@ _DERIVATIVES = "torch tools/autograd/derivatives.yaml"
 _STAGE12 = "deepspeed runtime/zero/stage_1_and_2.py"
 _STAGE3 = "deepspeed runtime/zero/stage3.py"
 _FSDP = "torch distributed/fsdp/_fully_shard/_fsdp_collectives.py"
+_BNB, _ADAFACTOR = "bitsandbytes optim/optimizer.py", "torch optim/_adafactor.py"
 _EMBEDDING = "torch aten native/cuda/EmbeddingBackwardKernel.cu"
 _REDUCE = "torch aten native/cuda/Reduce.cuh"
 _PARAM = r"(?P<parameter>(?:blocks\.\d+\.[a-z_.]+|embedding|position|norm|head)[. ](?:weight bias|weight|bias))"
@@ -57,7 +58,16 @@ SOURCES: tuple[Source, ...] = (
     _rule("grad_partitions_flat_buffer", ALL, "gradient shards, kept for good", "S", _STAGE3),
     _rule("exp_avg|exp_avg_sq", NAMED, "Adam moment", f"{_HELD} | {_P} | S_i", "torch optim/adamw.py"),
     _rule("momentum_buffer", NAMED, "SGD momentum", f"{_HELD} | {_P} | S_i", "torch optim/sgd.py"),
-    _rule("step", NAMED, "AdamW's step counter, on the GPU when fused", "1", "torch optim/adamw.py", 4),
+    _rule("step", NAMED, "step counter, on the GPU for fused AdamW only", "1", "torch optim/adamw.py", 4),
+    _rule("state1|state2", NAMED, "bitsandbytes' moment", f"{_HELD} | {_P} | S_i", _BNB),
+    _rule(
+        "absmax1|absmax2", NAMED, "largest of 256 codes", f"cdiv(w, 256) | cdiv({_P}, 256) | cdiv(S_i, 256)", _BNB, 4
+    ),
+    _rule("qmap1|qmap2", ALL, "code table, one for all tensors", "256", _BNB, 4),
+    _rule("row_var", NAMED, "Adafactor's variance of rows", "w0", _ADAFACTOR),
+    _rule("col_var", NAMED, "Adafactor's variance of columns", "w1", _ADAFACTOR),
+    _rule("variance", NAMED, "Adafactor's variance of a vector", f"w | {_P} | S_i", _ADAFACTOR),
+    _rule("Adafactor .*", NAMED, "of one parameter, or of all (foreach)", "", _ADAFACTOR),
     # -- gradients ---------------------------------------------------------------------------------
     _rule(f"gradient of {_PARAM}", NAMED, "gradient as the backward makes it", "w"),
     _rule("accumulated gradient", NAMED, "sum of two gradients", f"{_X} | {_Q} | {_KV} | v * h | s * h | c * h | 1"),
@@ -85,13 +95,16 @@ SOURCES: tuple[Source, ...] = (
     _rule("FSDP all-gather output", NAMED, "one unit's shards of all ranks", "U * G", _FSDP),
     _rule("FSDP reduce-scatter input", NAMED, "one unit's whole gradients, flat", "U * G", _FSDP),
     _rule("device mesh", ALL, "ranks of the DeviceMesh, on the CPU", "N", "torch distributed/device_mesh.py", 4),
+    _rule(f"whole {_PARAM}", NAMED, "parameter before it is cut", "w", "accelerate utils/fsdp_utils.py"),
     _rule("FSDP cast", NAMED, "cast of one parameter, one rank", "", _FSDP),
     _rule(f"autocast copy of {_PARAM}(?: gradient)?", NAMED, "autocast's cached cast", "w", "torch autocast_mode.cpp"),
     # -- ends of the model ---------------------------------------------------------------------------
     _rule("batch", "batch", "tokens and targets, two pairs", "b * s", "lab/data", 8),
     _rule("losses", HEAD, "loss per step", "steps", "lab/loop.py", 4),
-    _rule("loss over micro-steps.*|scaled loss.*", HEAD, "scalar", "1", "deepspeed runtime/engine.py", 4),
+    _rule("loss over micro-steps.*|scaled loss.*", HEAD, "scalar", "1", "deepspeed runtime/engine.py"),
     _rule("loss|loss gradient|total weight|loss sum.*", HEAD, "scalar", "1", _DERIVATIVES, 4),
+    _rule("loss in output_dtype", HEAD, "scalar", "1", "accelerate utils/dataclasses.py", 2),
+    _rule("loss gradient, fp32", HEAD, "scalar", "1", "torch distributed/fsdp/_fully_shard/_fsdp_state.py", 4),
     _rule("loss scale|growth tracker", HEAD, "scalar of the gradient scaler", "1", "torch amp/grad_scaler.py", 4),
     _rule("rope (?:cos|sin)", ATTENTION, "rotary table", "s * d", "lab/model"),
     _rule("position ids", "position", "indices", "s", "lab/model", 8),

@@ -66,7 +66,7 @@ class Zero3(DeepSpeedRule):
             shards += self._partition_unit(unit)
         ordered = [self.sharded[spec.name] for spec in self.specs]
         sizes = self.parameter_itemsize, self.master_itemsize
-        self.states = ShardedStates(self.cfg, self.tape, self.rank, ordered, sizes, shards)
+        self.states = ShardedStates(self.cfg, self.tape, self.rank, ordered, sizes, shards, self.optimizer)
         members: dict[str, list[Sharded]] = {}
         for name, sharded in self.sharded.items():
             members.setdefault(name.rpartition(".")[0], []).append(sharded)

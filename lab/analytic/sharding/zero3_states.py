@@ -47,6 +47,7 @@ class ShardedStates:
         params: list[Sharded],
         sizes: tuple[int, int],
         shards: list[Tensor],
+        optimizer: Optimizer,
     ) -> None:
         self.cfg, self.tape, self.size, self.master_size = cfg, tape, *sizes
         self.global_norm: Tensor | None = None  # _global_grad_norm, of the optimizer and of the engine
@@ -59,7 +60,7 @@ class ShardedStates:
         self.flat = new(shard_elements(params), size, "lp_param_buffer", PARAMETERS)
         shards.clear()
         self.groups = sub_groups(params, options.sub_group_size)
-        self.optimizers = [Optimizer(tape, cfg.optimizer) for _ in self.groups]
+        self.optimizer = optimizer
         self.masters: list[Tensor] = []
         converted: Tensor | None = None  # one sub-group's lives until the next one's is there
         for group in self.groups:
@@ -80,7 +81,7 @@ class ShardedStates:
         scalars = self._norms()
         scalars.append(new(1, FP64, "total norm"))
         scalars.append(new(1, FP64, "global gradient norm"))
-        for group, optimizer in zip(self.groups, self.optimizers, strict=True):
+        for index, group in enumerate(self.groups):
             numel = shard_elements(group)
             flat = new(numel, size, "flat gradient", GRADIENTS) if len(group) > 1 else None
             grad = new(numel, master, "gradient in the masters' type", GRADIENTS) if master != size else flat
@@ -88,7 +89,7 @@ class ShardedStates:
             if self.cfg.train.max_grad_norm is not None:  # unscale_and_clip_grads
                 clip = [new(1, FP64, "clip coefficient") for _ in range(4)]
                 del clip
-            optimizer.step([(numel, master)])
+            self.optimizer.step([(numel, master)], group=index)
             del grad
         return scalars
 
