@@ -28,8 +28,8 @@ from lab.vocab import MemoryBreakdown, MemoryCategory, StepPhase
 PEAK = "peak"
 MOMENTS = (*(p.value for p in StepPhase if p is not StepPhase.BUILD), PEAK)
 # Optimizer states that are made one per parameter, or per parameter of a kind (_made_for).
-_PER_PARAMETER = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer", "row_var", "col_var", "variance")
-_PER_PARAMETER += ("state1", "state2", "absmax1", "absmax2")
+_TORCH_STATES = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer", "row_var", "col_var", "variance")
+_PER_PARAMETER = (*_TORCH_STATES, "state1", "state2", "absmax1", "absmax2")
 
 
 @dataclass
