@@ -14,7 +14,7 @@ Default settings: no max_split_size, no size divisions, no garbage collection th
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -51,7 +51,25 @@ class Block:
     next: Block | None = None
 
 
-Key = tuple[int, int, int]  # stream, size, address
+_ADDRESS = 48  # bits of an address: a free block's key is its size, then its address
+
+
+@dataclass(slots=True)
+class _Pool:
+    """Free blocks of one stream and kind, smallest first, the lowest address among equals."""
+
+    keys: list[int] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+
+    def insert(self, block: Block) -> None:
+        key = block.size << _ADDRESS | block.address
+        i = bisect_left(self.keys, key)
+        self.keys.insert(i, key)
+        self.blocks.insert(i, block)
+
+    def remove(self, block: Block) -> None:
+        i = bisect_left(self.keys, block.size << _ADDRESS | block.address)
+        del self.keys[i], self.blocks[i]
 
 
 @dataclass
@@ -62,28 +80,30 @@ class Allocator:
     allocated_bytes: int = 0
     reserved_bytes: int = 0
     num_retries: int = 0
-    _pools: tuple[list[Key], list[Key]] = field(default_factory=lambda: ([], []))
-    _blocks: dict[int, Block] = field(default_factory=dict)  # free blocks by address
+    _pools: dict[tuple[int, bool], _Pool] = field(default_factory=dict)  # by stream and "small"
     _driver: DriverAddresses = field(default_factory=DriverAddresses)
 
     def malloc(self, request: int, stream: int = 0, event: int = -1) -> Block:
         """A block of at least ``request`` bytes. Raises OutOfMemory."""
-        size = max(-(-request // MIN_BLOCK) * MIN_BLOCK, MIN_BLOCK)
+        size = -(-request // MIN_BLOCK) * MIN_BLOCK or MIN_BLOCK
         small = size <= SMALL
-        pool = self._pools[small]
-        i = bisect_left(pool, (stream, size, -1))
-        if i < len(pool) and pool[i][0] == stream:
-            block = self._blocks.pop(pool.pop(i)[2])
+        pool = self._pool(stream, small)
+        keys = pool.keys
+        i = bisect_left(keys, size << _ADDRESS)
+        if i < len(keys):
+            del keys[i]
+            block = pool.blocks.pop(i)
         else:
             block = self._segment(size, stream, small, event)
         rest = block.size - size
         if rest >= MIN_BLOCK if small else rest > SMALL:
-            tail = Block(block.address + size, rest, stream, small, True, block, block.next)
-            if block.next is not None:
-                block.next.previous = tail
+            after = block.next
+            tail = Block(block.address + size, rest, stream, small, True, block, after)
+            if after is not None:
+                after.previous = tail
             block.next = tail
             block.size = size
-            self._insert(tail)
+            pool.insert(tail)
         block.free = False
         self.allocated_bytes += block.size
         return block
@@ -92,20 +112,27 @@ class Allocator:
         """Give a block back; it joins free neighbours."""
         self.allocated_bytes -= block.size
         block.free = True
-        for other in (block.previous, block.next):
-            if other is None or not other.free:
-                continue
-            self._remove(other)
-            if other is block.previous:
-                block.address, block.previous = other.address, other.previous
-                if block.previous is not None:
-                    block.previous.next = block
-            else:
-                block.next = other.next
-                if block.next is not None:
-                    block.next.previous = block
-            block.size += other.size
-        self._insert(block)
+        pool = self._pool(block.stream, block.small)
+        before, after = block.previous, block.next
+        if before is not None and before.free:
+            pool.remove(before)
+            block.address, block.previous = before.address, before.previous
+            if block.previous is not None:
+                block.previous.next = block
+            block.size += before.size
+        if after is not None and after.free:
+            pool.remove(after)
+            block.next = after.next
+            if block.next is not None:
+                block.next.previous = block
+            block.size += after.size
+        pool.insert(block)
+
+    def _pool(self, stream: int, small: bool) -> _Pool:
+        pool = self._pools.get((stream, small))
+        if pool is None:
+            pool = self._pools[stream, small] = _Pool()
+        return pool
 
     def _segment(self, size: int, stream: int, small: bool, event: int) -> Block:
         total = SMALL_SEGMENT if small else LARGE_SEGMENT if size < MIN_LARGE else -(-size // ROUND_LARGE) * ROUND_LARGE
@@ -119,26 +146,19 @@ class Allocator:
 
     def empty_cache(self) -> None:
         """Return every segment that is one free block to the driver (release_cached_blocks)."""
-        for block in [b for b in self._blocks.values() if b.previous is None and b.next is None]:
-            self._remove(block)
-            self._driver.give(block.address, block.size)
-            self.reserved_bytes -= block.size
-
-    def _insert(self, block: Block) -> None:
-        self._blocks[block.address] = block
-        insort(self._pools[block.small], (block.stream, block.size, block.address))
-
-    def _remove(self, block: Block) -> None:
-        pool = self._pools[block.small]
-        del pool[bisect_left(pool, (block.stream, block.size, block.address))]
-        del self._blocks[block.address]
+        for pool in self._pools.values():
+            for block in [b for b in pool.blocks if b.previous is None and b.next is None]:
+                pool.remove(block)
+                self._driver.give(block.address, block.size)
+                self.reserved_bytes -= block.size
 
 
 @dataclass
 class Simulation:
-    """What the allocator did with the events: block bytes by storage id, and reserved bytes after each event."""
+    """What the allocator did with the events: block bytes by storage id, both levels after each event."""
 
     block_bytes: list[int]
+    allocated: list[int]
     reserved: list[int]
     allocator: Allocator
 
@@ -146,16 +166,17 @@ class Simulation:
 def simulate(events: Sequence[Event], num_storages: int, limit_bytes: int | None = None) -> Simulation:
     """Serve the events in order. Raises OutOfMemory beyond ``limit_bytes``."""
     allocator = Allocator(limit_bytes)
+    malloc, release = allocator.malloc, allocator.release
     live: dict[int, Block] = {}
-    block_bytes, reserved = [0] * num_storages, []
-    for i, event in enumerate(events):
-        if event[0] == ALLOC:
-            block = allocator.malloc(event[2], event[5], i)
-            live[event[1]] = block
-            block_bytes[event[1]] = block.size
-        elif event[0] == FREE:
-            allocator.release(live.pop(event[1]))
-        elif event[0] == EMPTY_CACHE:
+    block_bytes, allocated, reserved = [0] * num_storages, [], []
+    for i, (kind, ident, nbytes, _, _, stream) in enumerate(events):
+        if kind == ALLOC:
+            live[ident] = block = malloc(nbytes, stream, i)
+            block_bytes[ident] = block.size
+        elif kind == FREE:
+            release(live.pop(ident))
+        elif kind == EMPTY_CACHE:
             allocator.empty_cache()
+        allocated.append(allocator.allocated_bytes)
         reserved.append(allocator.reserved_bytes)
-    return Simulation(block_bytes, reserved, allocator)
+    return Simulation(block_bytes, allocated, reserved, allocator)

@@ -19,24 +19,35 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable
 from sys import getrefcount
+from typing import TYPE_CHECKING
 
 from lab.vocab import MemoryCategory
 
+if TYPE_CHECKING:
+    from lab.analytic.segments import Segment
+
 FP32, BF16, INT64, BOOL = 4, 2, 8, 1  # bytes per element; fp16's are bf16's
 
-ALLOC, FREE, MOVE, MARK, EMPTY_CACHE = 0, 1, 2, 3, 4
+ALLOC, FREE, MOVE, MARK, EMPTY_CACHE, SEGMENT = 0, 1, 2, 3, 4, 5
 Event = tuple[int, int, int, str, str, int]
-"""(kind, storage id, bytes, category or mark, label, stream)."""
+"""(kind, storage id, bytes, category or mark, label, stream).
+
+FREE repeats the bytes, the category at that time and the label; MOVE the bytes, with the new category, and the old one
+as its label. So each event says by how much it changes which sum. SEGMENT stands for a run of events
+(``lab.analytic.segments``), and only ``lab.analytic.layers`` makes it: (SEGMENT, first id, index in ``Trace.segments``,
+module, "", 0).
+"""
 
 
 class Trace:
     """Events in order. ``alignment`` rounds every size up, as the caching allocator does (512 B on CUDA)."""
 
-    __slots__ = ("alignment", "events", "inplace_accumulation", "next_id", "on_device_kernels", "stream")
+    __slots__ = ("alignment", "events", "inplace_accumulation", "next_id", "on_device_kernels", "segments", "stream")
 
     def __init__(self, alignment: int = 1, on_gpu: bool = True) -> None:
         self.alignment = alignment
         self.events: list[Event] = []
+        self.segments: list[Segment] = []
         self.next_id = 0
         self.stream = 0  # the allocator keeps a pool per stream
         # The CPU stand-in for the allocator sees tensors, not what a kernel allocates inside itself.
@@ -56,7 +67,7 @@ class Trace:
 class Storage:
     """Bytes on the device: allocated when made, freed with the last reference to it."""
 
-    __slots__ = ("category", "id", "label", "live", "nbytes", "trace")
+    __slots__ = ("category", "id", "label", "live", "nbytes", "size", "trace")
 
     def __init__(self, trace: Trace, nbytes: int, category: MemoryCategory, label: str) -> None:
         self.trace, self.nbytes, self.category, self.label = trace, nbytes, category, label
@@ -65,26 +76,27 @@ class Storage:
 
     def resize(self, live: bool) -> None:
         """Give the bytes back while references remain, or take them again (untyped_storage().resize_)."""
-        if live and not self.live and self.nbytes:
-            self.id = self.trace.next_id
-            self.trace.next_id += 1
-            a = self.trace.alignment
-            size = -(-self.nbytes // a) * a
-            self.trace.events.append((ALLOC, self.id, size, self.category, self.label, self.trace.stream))
-        elif self.live and not live and self.nbytes:
-            self.trace.events.append((FREE, self.id, 0, "", "", 0))
+        trace, nbytes = self.trace, self.nbytes
+        if live and not self.live and nbytes:
+            self.id = ident = trace.next_id
+            trace.next_id = ident + 1
+            self.size = size = -(-nbytes // trace.alignment) * trace.alignment
+            trace.events.append((ALLOC, ident, size, self.category, self.label, trace.stream))
+        elif self.live and not live and nbytes:
+            trace.events.append((FREE, self.id, self.size, self.category, self.label, 0))
         self.live = live
 
     def move(self, category: MemoryCategory) -> None:
         """The same bytes serve another purpose from here on."""
-        if category != self.category:
+        old = self.category
+        if category is not old:
             self.category = category
             if self.live and self.nbytes:
-                self.trace.events.append((MOVE, self.id, 0, category, "", 0))
+                self.trace.events.append((MOVE, self.id, self.size, category, old, 0))
 
     def __del__(self) -> None:
-        if self.live:
-            self.resize(False)
+        if self.live and self.nbytes:
+            self.trace.events.append((FREE, self.id, self.size, self.category, self.label, 0))
 
 
 class Tensor:
@@ -220,14 +232,21 @@ class Tape:
     def backward(self, root: Tensor) -> None:
         """Run the graph behind ``root`` (a scalar loss) and free it."""
         assert root.node is not None
-        _count_dependencies(root.node)
+        count_dependencies(root.node)
         seed: Grads = [None] * root.node.num_slots
         first = self.new(1, root.itemsize, "loss gradient")  # torch.autograd.backward's frame holds it to the end
         seed[root.slot] = first
         root.node.buffer = seed
         del seed
-        ready = [(-root.node.seq, 0, root.node)]
-        root.node = None
+        start, root.node = [root.node], None
+        self.run(start)
+
+    def run(self, start: list[Node]) -> None:
+        """Run one node, which is taken out of ``start``, and all behind it.
+
+        Its incoming gradients are in its buffer and the edges behind it are counted (``count_dependencies``).
+        """
+        ready = [(-start[0].seq, 0, start.pop())]
         ties = 0
         while ready:
             node = heapq.heappop(ready)[2]
@@ -298,7 +317,7 @@ def viewed(grad: Tensor | None) -> Tensor | None:
     return grad
 
 
-def _count_dependencies(root: Node) -> None:
+def count_dependencies(root: Node) -> None:
     stack, seen = [root], {id(root)}
     while stack:
         for edge in stack.pop().edges:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from lab.analytic.tape import ALLOC, FREE, MARK, MOVE, Event
+from lab.analytic.segments import Segment
+from lab.analytic.tape import ALLOC, FREE, MARK, MOVE, SEGMENT, Event
 from lab.record import Moment, PhasePrediction
 from lab.vocab import STEP_PHASES, MemoryBreakdown, MemoryCategory, StepPhase
 
@@ -18,72 +19,133 @@ def phase_mark(step: int, phase: StepPhase, end: bool) -> str:
 
 def spans_of(events: Sequence[Event], step: int) -> Spans:
     """Event ranges of one step's phases, from its marks."""
-    spans: Spans = []
+    return _spans(events).get(step, [])
+
+
+def _spans(events: Sequence[Event]) -> dict[int, Spans]:
+    spans: dict[int, Spans] = {}
     start = 0
     for i, event in enumerate(events):
         if event[0] == MARK:
             owner, phase, edge = event[3].split("/")
-            if int(owner) == step:
-                if edge == "start":
-                    start = i
-                else:
-                    spans.append((StepPhase(phase), start, i))
+            if edge == "start":
+                start = i
+            else:
+                spans.setdefault(int(owner), []).append((StepPhase(phase), start, i))
     return spans
 
 
 def totals(events: Sequence[Event], sizes: Sequence[int] | None = None) -> list[int]:
     """Allocated bytes after each event. ``sizes`` overrides a storage's bytes by id (the allocator's blocks)."""
-    live: dict[int, int] = {}
     out, total = [], 0
     for kind, ident, nbytes, _, _, _ in events:
         if kind == ALLOC:
-            size = nbytes if sizes is None else sizes[ident]
-            live[ident] = size
-            total += size
+            total += nbytes if sizes is None else sizes[ident]
         elif kind == FREE:
-            total -= live.pop(ident)
+            total -= nbytes if sizes is None else sizes[ident]
         out.append(total)
     return out
 
 
 def categories_at(events: Sequence[Event], indices: Sequence[int], sizes: Sequence[int] | None = None) -> list[Moment]:
     """Bytes by category after the events at ``indices`` (ascending)."""
-    live: dict[int, tuple[int, str]] = {}
-    sums: dict[str, int] = dict.fromkeys(MemoryCategory, 0)
-    moments: list[Moment] = []
-    wanted = iter(indices)
-    target = next(wanted, None)
-    for i, (kind, ident, nbytes, category, _, _) in enumerate(events):
-        if kind == ALLOC:
-            size = nbytes if sizes is None else sizes[ident]
-            live[ident] = (size, category)
-            sums[category] += size
-        elif kind == FREE:
-            size, old = live.pop(ident)
-            sums[old] -= size
-        elif kind == MOVE:
-            size, old = live[ident]
-            live[ident] = (size, category)
-            sums[old] -= size
-            sums[category] += size
-        while target == i:
-            breakdown = MemoryBreakdown.of(sums)
-            moments.append(Moment(breakdown.total_bytes, breakdown))
-            target = next(wanted, None)
-    return moments
+    return Timeline(events, sizes=sizes).moments(indices)
 
 
 def phases(events: Sequence[Event], step: int, sizes: Sequence[int] | None = None) -> dict[StepPhase, PhasePrediction]:
     """Peak and end of every phase of one step; micro-steps: the highest peak, the last end."""
-    curve = totals(events, sizes)
-    peaks: dict[StepPhase, int] = {}
-    ends: dict[StepPhase, int] = {}
-    for phase, first, last in spans_of(events, step):
-        # The counter's peak is reset to what is allocated at the phase's start: the start counts too.
-        best = max(range(first, last + 1), key=curve.__getitem__)
-        if phase not in peaks or curve[best] > curve[peaks[phase]]:
-            peaks[phase] = best
-        ends[phase] = last
-    order = sorted({*peaks.values(), *ends.values()})
-    at = dict(zip(order, categories_at(events, order, sizes), strict=True))
-    return {p: PhasePrediction(end=at[ends[p]], peak=at[peaks[p]]) for p in STEP_PHASES if p in peaks}
+    return Timeline(events, sizes=sizes).phases([step])[0]
+
+
+class Timeline:
+    """The running total over a list of events, made in one pass, and what it consists of at chosen moments.
+
+    ``segments``: the trace's, where events name some (``lab.analytic.tape.SEGMENT``); a segment is one entry, with its
+    highest total inside. ``sizes``: bytes by storage id, in place of the events' own; ``curve``: the total after each
+    event, if it is known. Both only without segments.
+    """
+
+    def __init__(
+        self,
+        events: Sequence[Event],
+        segments: Sequence[Segment] = (),
+        sizes: Sequence[int] | None = None,
+        curve: Sequence[int] | None = None,
+    ) -> None:
+        self.events, self.segments, self.sizes = events, segments, sizes
+        self.after: Sequence[int]  # the total after each event
+        self.high: Sequence[int]  # the highest total during each event
+        if segments:
+            self.after, self.high = _totals_with_segments(events, segments)
+        else:
+            self.after = self.high = totals(events, sizes) if curve is None else curve
+        self.spans = _spans(events)
+
+    def phases(self, steps: Sequence[int]) -> list[dict[StepPhase, PhasePrediction]]:
+        """Peak and end of every phase of each step; micro-steps: the highest peak, the last end."""
+        high = self.high
+        found: list[tuple[dict[StepPhase, int], dict[StepPhase, int]]] = []
+        for step in steps:
+            peaks: dict[StepPhase, int] = {}
+            ends: dict[StepPhase, int] = {}
+            for phase, first, last in self.spans.get(step, []):
+                # The counter's peak is reset to what is allocated at the phase's start: the start counts too.
+                best = high.index(max(high[first : last + 1]), first)
+                if phase not in peaks or high[best] > high[peaks[phase]]:
+                    peaks[phase] = best
+                ends[phase] = last
+            found.append((peaks, ends))
+        wanted = sorted({i for peaks, ends in found for i in (*peaks.values(), *ends.values())})
+        at = dict(zip(wanted, self.moments(wanted), strict=True))
+        return [
+            {p: PhasePrediction(end=at[ends[p]], peak=at[peaks[p]]) for p in STEP_PHASES if p in peaks}
+            for peaks, ends in found
+        ]
+
+    def moments(self, indices: Iterable[int]) -> list[Moment]:
+        """Bytes by category after the events at ``indices`` (ascending); of a segment, where its total is highest."""
+        sizes, sums = self.sizes, dict.fromkeys(MemoryCategory, 0)
+        by_name: dict[str, int] = sums  # type: ignore[assignment]  # categories are strings
+        moments: list[Moment] = []
+        done = 0
+        for index in indices:
+            for kind, ident, nbytes, category, label, _ in self.events[done : index + 1]:
+                if kind == ALLOC:
+                    by_name[category] += nbytes if sizes is None else sizes[ident]
+                elif kind == FREE:
+                    by_name[category] -= nbytes if sizes is None else sizes[ident]
+                elif kind == MOVE:
+                    size = nbytes if sizes is None else sizes[ident]
+                    by_name[label] -= size
+                    by_name[category] += size
+                elif kind == SEGMENT:
+                    for name, change in self.segments[nbytes].changes:
+                        by_name[name] += change
+            done = index + 1
+            at = sums
+            if self.events and self.events[index][0] == SEGMENT:
+                segment = self.segments[self.events[index][2]]
+                at = dict(sums)
+                for name, change in segment.changes_since_highest:
+                    at[MemoryCategory(name)] -= change
+            breakdown = MemoryBreakdown(at)
+            moments.append(Moment(breakdown.total_bytes, breakdown))
+        return moments
+
+
+def _totals_with_segments(events: Sequence[Event], segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
+    after, high, total = [], [], 0
+    for kind, _, nbytes, _, _, _ in events:
+        if kind == ALLOC:
+            total += nbytes
+        elif kind == FREE:
+            total -= nbytes
+        elif kind == SEGMENT:
+            segment = segments[nbytes]
+            high.append(total + segment.highest)
+            total += segment.change
+            after.append(total)
+            continue
+        after.append(total)
+        high.append(total)
+    return after, high
