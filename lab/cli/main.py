@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "explain": ("explain", "every predicted byte at one moment: tensor, formula, source"),
     "train": ("train", "one run: starts torchrun with world_size processes on this machine"),
     "sweep": ("sweep", "every point of a study, one torchrun each"),
+    "boundary": ("boundary", "largest micro-batch under a memory limit: predicted, and measured with the next one"),
     "compare": ("compare", "table of recorded runs: predicted, measured, error, step time"),
     "validate": ("validate", "error of today's formulas over recorded runs; exit 1 beyond tolerance"),
     "diff": ("diff", "predicted against measured blocks at the peak of a run with measure=snapshot"),

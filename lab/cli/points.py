@@ -52,7 +52,7 @@ def study_points(arguments: Sequence[str]) -> list[Point]:
     points: dict[str, Point] = {}
     for combination in combinations:
         label = " ".join(o for o in combination if o.lstrip("+~").partition("=")[0] in swept)
-        point = _resolve((*base, *combination), label)
+        point = resolve_point((*base, *combination), label)
         points.setdefault(point.identity, point)
     return list(points.values())
 
@@ -73,7 +73,8 @@ def invalid_identity(overrides: Sequence[str]) -> str:
     return "invalid-" + hashlib.sha256("\0".join(overrides).encode()).hexdigest()[:16]
 
 
-def _resolve(overrides: tuple[str, ...], label: str) -> Point:
+def resolve_point(overrides: tuple[str, ...], label: str) -> Point:
+    """The point of these overrides, valid or with the reason why it is not."""
     try:
         cfg = resolve(compose_config(overrides))
     except ConfigError as error:

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -70,32 +71,49 @@ def run(argv: Sequence[str]) -> int:
     arguments = parser.parse(argv)
     if arguments.jobs < 1:
         raise ConfigError("--jobs", arguments.jobs, "1 or more")
-    for name in set(os.environ) - set(clean_environment()):
-        del os.environ[name]  # an outer launcher's WORLD_SIZE is not the points'
+    drop_launcher_variables()
     points = study_points(arguments.overrides)
     valid = [p for p in points if p.cfg is not None]
     if not valid:  # one mistake in what all points share, not many invalid points
-        raise ConfigError(*_reason_parts(points))
-    signal.signal(signal.SIGTERM, _terminate)
+        raise ConfigError(*reason_parts(points))
+    signal.signal(signal.SIGTERM, interrupt)
     return Sweep(points, arguments.jobs, arguments.retry_failed, arguments.ahead).run()
 
 
-def _reason_parts(points: Sequence[Point]) -> tuple[str, str, str]:
+def reason_parts(points: Sequence[Point]) -> tuple[str, str, str]:
+    """(setting, value, what would be right) of the first point, which breaks a rule: the parts of its ConfigError."""
     setting, _, rest = (points[0].reason or "").partition("=")
     value, _, expected = rest.partition(": ")
     return setting, value, expected
 
 
-def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+def drop_launcher_variables() -> None:
+    """An outer launcher's WORLD_SIZE is not the points'."""
+    for name in set(os.environ) - set(clean_environment()):
+        del os.environ[name]
+
+
+def interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+    """Handler of SIGTERM: as Ctrl-C."""
     raise KeyboardInterrupt
 
 
 class Sweep:
-    """The points of one study, their records and the processes running now."""
+    """The points of one study, their records and the processes running now.
 
-    def __init__(self, points: Sequence[Point], jobs: int = 1, retry_failed: bool = False, ahead: bool = False) -> None:
+    ``share``: how many runs may be on one GPU at a time, where nothing but PyTorch's own counters matters.
+    """
+
+    def __init__(
+        self,
+        points: Sequence[Point],
+        jobs: int = 1,
+        retry_failed: bool = False,
+        ahead: bool = False,
+        share: int = 1,
+    ) -> None:
         self.points = points
-        self.ahead = ahead
+        self.ahead, self.share = ahead, share
         first = next(p.cfg for p in points if p.cfg is not None)
         self.study = Path(first.launch.output_dir) / first.name
         self.jobs = jobs
@@ -151,9 +169,10 @@ class Sweep:
                     self._record_invalid(queue.pop(0))
                     continue
                 needed = point.cfg.world_size if (self.jobs > 1 or self.ahead) and _on_gpu(point.cfg) else 0
-                taken = self._gpus(waiting=True) if self.ahead else self._gpus(waiting=False)
-                # The ones that nobody uses first; one that has a run waiting for it takes no second.
-                free = sorted((g for g in every_gpu if g not in taken), key=lambda g: g in self._gpus(waiting=False))
+                # The ones with the fewest users first; one that has a run waiting for it takes no second.
+                users = Counter(gpu for r in self.running if r.turn is None for gpu in r.gpus)
+                full = self._gpus(waiting=True) if self.ahead else {g for g in users if users[g] >= self.share}
+                free = sorted((g for g in every_gpu if g not in full), key=lambda g: users[g])
                 if self.running and needed > len(free):
                     break
                 self._start(queue.pop(0), point.cfg, free[:needed])

@@ -1,0 +1,133 @@
+"""``lab boundary``: the largest micro-batch under a memory limit, predicted, and run for real with the next one."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from lab.analytic.boundary import Boundary, boundary
+from lab.analytic.hardware import outside_allocator_bytes
+from lab.cli.arguments import Parser
+from lab.cli.points import Point, resolve_point, study_points
+from lab.cli.sweep import Sweep, drop_launcher_variables, interrupt, reason_parts
+from lab.config import ConfigError, RunConfig
+from lab.record import to_json
+from lab.report.boundary import (
+    BoundaryResult,
+    Verdict,
+    boundary_run,
+    boundary_table,
+    read_results,
+    write_results,
+)
+from lab.units import readable
+
+HELP = """The largest train.micro_batch_size that fits, by the simulated allocator: under train.memory_limit_gib (PyTorch's
+reserved bytes, each GPU), or on the whole GPU. Points as for `lab sweep`; the batch size they have does not matter.
+
+  lab boundary model=350m hardware=h200 train.memory_limit_gib=12 checkpointing=none,full
+  lab boundary experiment=oom_boundary hardware=h200
+  lab boundary experiment=oom_boundary --measure --jobs 8 --share 4 -o experiments/oom_boundary/boundary.json
+  lab boundary --table experiments/oom_boundary/boundary.json
+
+--measure runs that size and the next larger one of each point for real. Exit code 1 if a size that was predicted to fit
+runs out of memory, or if a run ends neither well nor out of memory. Runs that are recorded already are not run again.
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    parser = Parser("boundary", HELP)
+    parser.add_overrides()
+    parser.add_argument("--measure", action="store_true", help="run the predicted size and the next one")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="--measure: runs at a time")
+    parser.add_argument("--share", type=int, default=1, metavar="N", help="--measure: runs on one GPU at a time")
+    parser.add_argument("-o", "--output", metavar="FILE", help="also write the results, one line per point (JSON)")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.add_argument("--table", metavar="FILE", help="only print the table of results written with -o")
+    arguments = parser.parse(argv)
+    for name in ("jobs", "share"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name}", getattr(arguments, name), "1 or more")
+    if arguments.table:
+        results = read_results(Path(arguments.table))
+    else:
+        drop_launcher_variables()
+        points = _valid(study_points(arguments.overrides))
+        results = [BoundaryResult(list(p.overrides), p.label, boundary(cfg)) for p, cfg in points]
+        _write(arguments.output, results)  # before anything is run
+        if arguments.measure:
+            _check_share([cfg for _, cfg in points], results, arguments.share)
+            _measure(results, arguments.jobs, arguments.share)
+            _write(arguments.output, results)
+    print(json.dumps([as_json(r) for r in results], indent=1) if arguments.json else boundary_table(results))
+    return 1 if arguments.measure and any(r.verdict in (Verdict.TOO_HIGH, Verdict.OPEN) for r in results) else 0
+
+
+def as_json(result: BoundaryResult) -> dict[str, object]:
+    """One object of ``--json``: as in the file, with margin and verdict."""
+    tree: dict[str, object] = to_json(result)
+    return {**tree, "margin_bytes": result.boundary.margin_bytes, "verdict": result.verdict.value}
+
+
+def measured_points(result: BoundaryResult) -> dict[int, Point]:
+    """Batch size -> the point to run: the predicted one, if there is one, and the next."""
+    return {
+        batch: resolve_point(
+            (*(o for o in result.overrides if not o.startswith("train.micro_batch_size=")), _batch_override(batch)),
+            f"{result.label} {_batch_override(batch)}",
+        )
+        for batch in (result.boundary.micro_batch_size, result.boundary.micro_batch_size + 1)
+        if batch
+    }
+
+
+def _batch_override(batch: int) -> str:
+    return f"train.micro_batch_size={batch}"
+
+
+def _measure(results: Sequence[BoundaryResult], jobs: int, share: int) -> None:
+    """Run every point under ``lab sweep``'s driver and take the records."""
+    signal.signal(signal.SIGTERM, interrupt)
+    points = [measured_points(result) for result in results]
+    sweep = Sweep([p for group in points for p in group.values()], jobs=jobs, share=share)
+    if sweep.run() == 130:
+        raise KeyboardInterrupt
+    for result, group in zip(results, points, strict=True):
+        records = {b: sweep.recorded[p.identity][1] for b, p in group.items() if p.identity in sweep.recorded}
+        result.runs = [boundary_run(batch, record) for batch, record in records.items()]
+        result.devices = list(dict.fromkeys(rank.device for r in records.values() for rank in r.ranks))
+        versions = [r.environment.get("versions", {}) for r in records.values()]
+        result.versions = {k: str(v) for found in versions for k, v in found.items() if v}
+
+
+def _check_share(cfgs: Sequence[RunConfig], results: Sequence[BoundaryResult], share: int) -> None:
+    """Runs that share a GPU must not run out of the GPU itself."""
+    if share == 1:
+        return
+    worst = max(_device_bytes(cfg, r.boundary) for cfg, r in zip(cfgs, results, strict=True))
+    capacity = cfgs[0].hardware.capacity_bytes
+    if not capacity or share * worst > capacity:
+        raise ConfigError(
+            "--share", share, f"a point may take {readable(worst)} of the GPU's {readable(capacity)}; fewer fit"
+        )
+
+
+def _device_bytes(cfg: RunConfig, found: Boundary) -> int:
+    return found.limit_bytes + outside_allocator_bytes(cfg)
+
+
+def _valid(points: Sequence[Point]) -> list[tuple[Point, RunConfig]]:
+    """All of them with their configurations; the first that breaks a rule is the user's mistake."""
+    out = []
+    for point in points:
+        if point.cfg is None:
+            raise ConfigError(*reason_parts([point]))
+        out.append((point, point.cfg))
+    return out
+
+
+def _write(path: str | None, results: Sequence[BoundaryResult]) -> None:
+    if path:
+        write_results(Path(path), results)
