@@ -58,6 +58,7 @@ class Prediction:
     states: MemoryBreakdown  # persistent bytes between steps, after the first optimizer step
     num_parameters: int
     assumptions: list[str]
+    fits: bool | None = None  # under train.memory_limit_gib and in the GPU; None: neither is known
 
     def to_cli_json(self) -> dict[str, Any]:
         """The stable form of `lab predict --json`: steady state at the top level."""
@@ -66,6 +67,8 @@ class Prediction:
         out["states"] = to_json(self.states)
         out["num_parameters"] = self.num_parameters
         out["assumptions"] = list(self.assumptions)
+        if self.fits is not None:
+            out["fits"] = self.fits
         return out
 
 

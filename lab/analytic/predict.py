@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from lab.analytic.allocator import Simulation, simulate
 from lab.analytic.architecture import num_parameters
 from lab.analytic.assumptions import assumptions
+from lab.analytic.boundary import Exhaustion, allocator_limit_bytes, exhaustion, replayed
 from lab.analytic.hardware import outside_allocator_bytes
 from lab.analytic.step import Replay
 from lab.analytic.timeline import categories_at, phases, spans_of
@@ -21,13 +22,39 @@ def predict(cfg: RunConfig) -> Prediction:
     On a GPU the caching allocator is simulated, so *allocated* counts blocks as PyTorch's counter does. On a CPU
     nothing rounds or caches: reserved equals allocated, and device use is not predicted beyond it.
     """
-    runs = [_replay(cfg, rank) for rank in Replay(cfg).rule.ranks()]
+    prediction = _all_ranks(cfg, None)
+    limit = allocator_limit_bytes(cfg) if cfg.memory_limit_bytes or cfg.hardware.capacity_bytes else None
+    if limit is not None:
+        prediction.fits = True
+        if cfg.memory_limit_bytes or max(s.reserved_bytes for s in (prediction.first_step, prediction.steady)) > limit:
+            refused = exhaustion(replayed(cfg), limit)
+            if refused is None:
+                prediction = _all_ranks(cfg, limit)
+            else:
+                prediction.assumptions.append(_refusal(limit, refused))
+            prediction.fits = refused is None
+    return prediction
+
+
+def _all_ranks(cfg: RunConfig, limit_bytes: int | None) -> Prediction:
+    """``limit_bytes``: on what the allocator reserves, and enough to come through; None: none."""
+    runs = [_replay(cfg, rank, limit_bytes) for rank in Replay(cfg).rule.ranks()]
     first, steady, states = zip(*runs, strict=True)
     worst = max(range(len(runs)), key=lambda i: steady[i].allocated_bytes)
     return Prediction(_worst(steady), _worst(first), states[worst], num_parameters(cfg.model), assumptions(cfg))
 
 
-def _replay(cfg: RunConfig, rank: int) -> tuple[StepPrediction, StepPrediction, MemoryBreakdown]:
+def _refusal(limit_bytes: int, refused: Exhaustion) -> str:
+    when = "build" if refused.step is None else f"step {refused.step}, {refused.phase.value}"
+    return (
+        f"out of memory in {when} (rank {refused.rank}): {refused.request_bytes} B refused at {limit_bytes} B for "
+        "PyTorch's allocator; all figures are those without that limit"
+    )
+
+
+def _replay(
+    cfg: RunConfig, rank: int, limit_bytes: int | None
+) -> tuple[StepPrediction, StepPrediction, MemoryBreakdown]:
     """One rank: its first step, its steady step, its states."""
     replay = Replay(cfg, rank)
     replay.build()
@@ -35,7 +62,7 @@ def _replay(cfg: RunConfig, rank: int) -> tuple[StepPrediction, StepPrediction, 
     for _ in range(steady + 1):
         replay.step()
     events = replay.trace.events
-    simulation = simulate(events, replay.trace.next_id) if replay.gpu else None
+    simulation = simulate(events, replay.trace.next_id, limit_bytes) if replay.gpu else None
     # What persists is read before zero_grad drops the gradients.
     before = [start for phase, start, _ in spans_of(events, steady) if phase is StepPhase.ZERO_GRAD]
     moment = categories_at(events, before[:1])[0]

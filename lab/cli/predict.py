@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 
 from lab.analytic import predict
+from lab.analytic.boundary import TIGHT_BYTES, least_limit_bytes, replayed
 from lab.cli.arguments import Parser
 from lab.cli.points import Point, study_points
-from lab.config import load
+from lab.config import RunConfig, load
 from lab.record import Moment, Prediction, StepPrediction
 from lab.report.text import markdown_table, text_table
 from lab.units import gib_text, readable
@@ -34,8 +35,10 @@ def run(argv: Sequence[str]) -> int:
         return 0
     cfg = load(arguments.overrides)
     prediction = predict(cfg)
-    capacity = cfg.hardware.capacity_bytes
-    print(json.dumps(prediction.to_cli_json(), indent=1) if arguments.json else prediction_text(prediction, capacity))
+    if arguments.json:
+        print(json.dumps(prediction.to_cli_json(), indent=1))
+    else:
+        print(prediction_text(prediction, cfg.hardware.capacity_bytes, limit_text(cfg)))
     return 0
 
 
@@ -62,8 +65,19 @@ def fit_text(prediction: Prediction, capacity_bytes: int) -> str:
     return f"  capacity    {readable(capacity_bytes):>12}  {verdict}, {margin}"
 
 
-def prediction_text(prediction: Prediction, capacity_bytes: int = 0) -> str:
-    """Levels at the peak, then phases x categories in GiB, steady state and first step."""
+def limit_text(cfg: RunConfig) -> str:
+    """Does the run come through under train.memory_limit_gib, and with how much to spare? Empty without a limit."""
+    limit = cfg.memory_limit_bytes
+    if limit is None:
+        return ""
+    need = least_limit_bytes(replayed(cfg), limit)
+    margin = f"{readable(abs(limit - need))} {'to spare' if need <= limit else 'too much'}"
+    tight = ", less than a segment" if 0 <= limit - need < TIGHT_BYTES else ""
+    return f"  limit       {readable(limit):>12}  {'fits' if need <= limit else 'does not fit'}, {margin}{tight}"
+
+
+def prediction_text(prediction: Prediction, capacity_bytes: int = 0, limit: str = "") -> str:
+    """Levels at the peak, whether they fit, then phases x categories in GiB, steady state and first step."""
     steady, first = prediction.steady, prediction.first_step
     lines = [
         f"parameters {prediction.num_parameters:,}; worst rank, steady state (first step):",
@@ -71,6 +85,7 @@ def prediction_text(prediction: Prediction, capacity_bytes: int = 0) -> str:
         f"  reserved    {readable(steady.reserved_bytes):>12}  ({readable(first.reserved_bytes)})",
         f"  device used {readable(steady.device_used_bytes):>12}  ({readable(first.device_used_bytes)})",
         *([fit_text(prediction, capacity_bytes)] if capacity_bytes else []),
+        *([limit] if limit else []),
         "",
         "allocated bytes by phase and category, steady state, GiB = 2^30 bytes:",
         _phase_table(steady),
