@@ -46,6 +46,7 @@ def run(cfg: RunConfig, command: list[str]) -> int:
         share_run_id,
         wait_for_turn,
     )
+    from lab.model.hf import check_hf_model
     from lab.report.table import run_table
     from lab.run_state import RunState
     from lab.track import RunFolder
@@ -53,6 +54,7 @@ def run(cfg: RunConfig, command: list[str]) -> int:
     from lab.vocab import RunStatus
 
     wait_for_turn(lambda: get_ready(cfg))
+    check_hf_model(cfg)
     place = find_place(cfg)
     limit_memory(cfg, place.device)
     check_attention(cfg, place.device)
@@ -113,6 +115,7 @@ def train_and_measure(state: RunState, place: Place) -> tuple[list[RankMeasureme
     from lab.data import make_batches
     from lab.loop import Losses, live_tensors, train
     from lab.measure import gather, make_meter
+    from lab.optim import optimizer_notes
     from lab.progress import Progress
     from lab.track import make_tracker
 
@@ -130,10 +133,12 @@ def train_and_measure(state: RunState, place: Place) -> tuple[list[RankMeasureme
     meter.build_done()
 
     state.num_parameters = engine.num_parameters
+    state.notes += getattr(engine, "notes", ())
     progress = Progress(cfg, engine.num_parameters, losses, enabled=place.rank == 0)
     clock = train(cfg, engine, batches, meter, losses, progress)
     progress.close()
     losses.read(cfg.train.steps)
+    state.notes += optimizer_notes(cfg.optimizer, device)
     measurement = state.measurement(clock.step_seconds)
     meter.stop()
     ranks = gather(measurement, cfg.world_size)

@@ -94,7 +94,7 @@ def values_of(cfg: RunConfig) -> dict[str, tuple[int, ...]]:
     single["r_p"] = t.seq_len // 10 + min(t.seq_len, m.max_seq_len)
     values: dict[str, tuple[int, ...]] = {name: (value,) for name, value in single.items()}
     values["c"] = (chunk, rows % chunk) if rows % chunk else (chunk,)
-    values["U"] = tuple(sum(_padded(s, group) for s in specs if s.unit == unit) for unit in (0, -1))
+    values["U"] = _unit_numels(specs, group, cfg.engine.kind == "accelerate")
     values["S_i"] = tuple(_sub_groups(shards, zero.sub_group_size))
     return values
 
@@ -110,6 +110,13 @@ def with_parameter(values: Values, spec: ParameterSpec | None) -> Values:
 def _padded(spec: ParameterSpec, group: int) -> int:
     rows = spec.shape[0]
     return -(-rows // group) * (spec.numel // rows)
+
+
+def _unit_numels(specs: list[ParameterSpec], group: int, norm_apart: bool) -> tuple[int, ...]:
+    """Padded shards of a block and of the root; ``norm_apart``: Accelerate makes the final norm a unit of its own."""
+    norm = [s for s in specs if s.name.startswith("norm.")] if norm_apart else []
+    units = [[s for s in specs if s.unit == unit and s not in norm] for unit in (0, -1)]
+    return tuple(sum(_padded(s, group) for s in unit) for unit in (*units, norm) if unit)
 
 
 def _sub_groups(shards: list[int], size: int) -> list[int]:

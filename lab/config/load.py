@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
+from lab.config.accelerate import apply_accelerate
 from lab.config.compose import compose_config
 from lab.config.device import hardware_row
 from lab.config.errors import ConfigError
+from lab.config.hf_config import fill_model
 from lab.config.rules import check_rules
 from lab.config.schema import RunConfig
 from lab.config.typed import build
@@ -35,9 +37,10 @@ def resolve(tree: Mapping[str, Any]) -> RunConfig:
 
 def _resolve(tree: dict[str, Any]) -> RunConfig:
     tree.pop("sweep", None)  # a study's points, for `lab sweep`
+    tree = apply_accelerate(tree)
     tree["world_size"] = _world_size(tree.get("world_size"))
-    if isinstance(tree.get("model"), Mapping):
-        tree["model"] = _derived_shapes(dict(tree["model"]))
+    if isinstance(model := tree.get("model"), Mapping):
+        tree["model"] = _derived_shapes(fill_model(model) if "path" in model else dict(model))
     hardware = tree.get("hardware")
     if isinstance(hardware, Mapping) and hardware.get("name") == "auto":
         tree["hardware"] = hardware_row()

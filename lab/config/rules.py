@@ -10,10 +10,14 @@ import glob
 import os
 from importlib.util import find_spec
 
+from lab.config.accelerate import check_engine
 from lab.config.errors import ConfigError
+from lab.config.hf_rules import check_hf
 from lab.config.limits import check_limits
 from lab.config.schema import RunConfig
 from lab.vocab import AttentionBackend, Checkpointing, Precision, Strategy
+
+BITSANDBYTES = ("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit")
 
 
 def check_rules(cfg: RunConfig) -> None:
@@ -21,6 +25,8 @@ def check_rules(cfg: RunConfig) -> None:
     check_limits(cfg)
     for rule in (_model, _train, _data, _measure, _precision, _attention, _loss_and_optimizer, _strategy):
         rule(cfg)
+    check_engine(cfg)
+    check_hf(cfg)
 
 
 def _model(cfg: RunConfig) -> None:
@@ -125,6 +131,17 @@ def _loss_and_optimizer(cfg: RunConfig) -> None:
         raise ConfigError("loss.num_chunks", cfg.loss.num_chunks, f"at most the {tokens} tokens of a micro-batch")
     if any(not 0.0 <= b < 1.0 for b in cfg.optimizer.betas):
         raise ConfigError("optimizer.betas", list(cfg.optimizer.betas), "two numbers, 0 or more and less than 1")
+    kind, implementation = cfg.optimizer.kind, cfg.optimizer.implementation
+    if kind == "adafactor" and implementation == "fused":
+        raise ConfigError(
+            "optimizer.implementation", "fused", "torch.optim.Adafactor has none; use for_loop (its default) or foreach"
+        )
+    if kind in BITSANDBYTES and implementation != "fused":
+        raise ConfigError(
+            "optimizer.implementation",
+            implementation,
+            f"optimizer={kind} is bitsandbytes' one kernel per tensor: leave it at fused",
+        )
     if cfg.checkpointing.kind is Checkpointing.EVERY_K and cfg.checkpointing.every_k > cfg.model.num_layers:
         raise ConfigError(
             "checkpointing.every_k", cfg.checkpointing.every_k, f"at most model.num_layers={cfg.model.num_layers}"
@@ -148,6 +165,19 @@ def _strategy(cfg: RunConfig) -> None:
     if strategy.is_fsdp and cfg.optimizer.kind == "sgd" and cfg.optimizer.implementation == "fused":
         raise ConfigError(
             "optimizer.implementation", "fused", "PyTorch's fused SGD has no DTensor rule; use foreach with FSDP"
+        )
+    if strategy.is_fsdp and cfg.optimizer.kind in BITSANDBYTES:
+        raise ConfigError(
+            "optimizer",
+            cfg.optimizer.kind,
+            "bitsandbytes' update has no sharding strategy for DTensor, FSDP2's parameters; use parallel=zero2 or zero3",
+        )
+    if strategy.is_fsdp and cfg.optimizer.kind == "adafactor":
+        raise ConfigError(
+            "optimizer",
+            "adafactor",
+            "it squares norms in place, which DTensor, FSDP2's parameter, refuses for a partial norm; "
+            "use parallel=zero2 or zero3",
         )
     if strategy is Strategy.DDP and cfg.parallel.ddp.static_graph and cfg.train.gradient_accumulation_steps > 1:
         raise ConfigError(

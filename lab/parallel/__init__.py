@@ -27,6 +27,8 @@ ENGINES: dict[Strategy, tuple[str, str]] = {
 
 def import_engine(cfg: RunConfig) -> Any:
     """The engine's class and its library: seconds of imports that touch no GPU memory."""
+    if cfg.engine.kind == "accelerate":
+        return import_module("lab.parallel.accelerate_engine").import_engine(cfg)
     module, name = ENGINES[cfg.parallel.strategy]
     file = import_module(f"lab.parallel.{module}")
     if cfg.parallel.strategy.zero_stage:

@@ -23,6 +23,7 @@ from lab.config import RunConfig
 from lab.optim import build_optimizer, learning_rate, set_learning_rate
 from lab.parallel.engine import LiveTensor, cached_tensors, optimizer_state_tensors
 from lab.parallel.materialise import materialise
+from lab.transforms.bnb_optimizers import check_sizes
 from lab.transforms.precision import deepspeed_section
 from lab.vocab import MemoryCategory
 
@@ -37,7 +38,7 @@ def deepspeed_config(cfg: RunConfig) -> dict[str, Any]:
         "gradient_accumulation_steps": cfg.train.gradient_accumulation_steps,
         "gradient_clipping": cfg.train.max_grad_norm or 0.0,
         "zero_optimization": {"stage": cfg.parallel.strategy.zero_stage, **zero},
-        "zero_allow_untested_optimizer": True,  # torch.optim.SGD
+        "zero_allow_untested_optimizer": True,  # all but Adam: SGD, Adafactor, bitsandbytes
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": sys.maxsize,
         "wall_clock_breakdown": False,
@@ -68,15 +69,12 @@ class ZeroEngine:
         deepspeed, config = import_deepspeed(device), deepspeed_config(cfg)
         # Stage 3 replaces F.linear for the whole process ("will persist unless manually reset").
         self._linear: Callable[..., Tensor] = F.linear
-        if cfg.parallel.strategy.zero_stage == 3:
-            _partition(cfg, model, device, lambda unit: deepspeed.zero.Init(module=unit, config_dict_or_path=config))
-        else:
-            for _ in materialise(model, cfg.seed, cfg.model.num_layers, device):
-                pass
+        materialise_for_zero(cfg, model, device)
         self.base_optimizer = build_optimizer(model.parameters(), cfg.optimizer)
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=model, optimizer=self.base_optimizer, config=config
         )
+        check_sizes(self.base_optimizer, cfg.optimizer)
         self._step = 0
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -118,6 +116,16 @@ class ZeroEngine:
         self.base_optimizer.state.clear()
         self.engine = self.optimizer = self.base_optimizer = None
         gc.collect()
+
+
+def materialise_for_zero(cfg: RunConfig, model: nn.Module, device: torch.device) -> None:
+    """Whole weights on ``device`` for stages 1 and 2; for stage 3 cut over the ranks as they are made."""
+    if cfg.parallel.strategy.zero_stage == 3:
+        deepspeed, config = import_deepspeed(device), deepspeed_config(cfg)
+        _partition(cfg, model, device, lambda unit: deepspeed.zero.Init(module=unit, config_dict_or_path=config))
+    else:
+        for _ in materialise(model, cfg.seed, cfg.model.num_layers, device):
+            pass
 
 
 def _partition(cfg: RunConfig, model: nn.Module, device: torch.device, partition: Callable[[nn.Module], Any]) -> None:

@@ -34,7 +34,7 @@ PLACE = {
     room: (level, group) for level, sets in enumerate(LEVELS) for group, rooms in enumerate(sets) for room in rooms
 }
 WITHOUT_TORCH = {"vocab", "units", "config", "record", "history", "analytic"}
-IN_ONE_PLACE = ("deepspeed", "bitsandbytes", "peft", "wandb")
+IN_ONE_PLACE = ("deepspeed", "accelerate", "bitsandbytes", "peft", "wandb")
 
 
 @dataclass(frozen=True)

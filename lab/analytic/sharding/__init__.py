@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from lab.analytic.sharding.accelerate import ACCELERATE_RULES
 from lab.analytic.sharding.base import Rule
 from lab.analytic.sharding.fsdp import FSDP
 from lab.analytic.sharding.replicated import DDP, Single
 from lab.analytic.sharding.zero import Zero1, Zero2
 from lab.analytic.sharding.zero3 import Zero3
+from lab.config import RunConfig
 from lab.vocab import Strategy
 
 RULES: dict[Strategy, type[Rule]] = {
@@ -19,3 +21,8 @@ RULES: dict[Strategy, type[Rule]] = {
     Strategy.FSDP_GRAD_OP: FSDP,
     Strategy.HSDP: FSDP,
 }
+
+
+def rule_of(cfg: RunConfig) -> type[Rule]:
+    """The rule of a run's strategy under its engine."""
+    return (ACCELERATE_RULES if cfg.engine.kind == "accelerate" else RULES)[cfg.parallel.strategy]

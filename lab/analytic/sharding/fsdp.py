@@ -73,15 +73,24 @@ class FSDP(Rule):
         if not self.tape.trace.on_device_kernels:  # DeviceMesh keeps its ranks in an int32 tensor on the CPU
             self.kept.append(self.tape.new(self.world, 4, "device mesh"))
         for spec in self.specs:
-            padded = self._padded(spec)
-            self.kept.append(self.tape.new(padded, self.parameter_itemsize, spec.name, MemoryCategory.PARAMETERS))
-            whole = Tensor(
-                _Unallocated(self, padded * self.size, spec.name).storage, spec.numel, self.gathered_itemsize
-            )
-            unit = self.units[spec.unit]
-            unit.members.append((spec, self.add_parameter(spec, whole)))
-            unit.padded_shard_numel += padded
+            self.add_shard(spec)
         self._initialise()
+
+    def unit_of(self, spec: ParameterSpec) -> int:
+        return spec.unit
+
+    def reshards(self, unit: int) -> bool:
+        """Are a unit's parameters freed after its forward?"""
+        return unit >= 0 and self.reshard
+
+    def add_shard(self, spec: ParameterSpec) -> None:
+        """This rank's padded shard of a parameter, and the place of the whole one."""
+        padded = self._padded(spec)
+        self.kept.append(self.tape.new(padded, self.parameter_itemsize, spec.name, MemoryCategory.PARAMETERS))
+        whole = Tensor(_Unallocated(self, padded * self.size, spec.name).storage, spec.numel, self.gathered_itemsize)
+        unit = self.units[self.unit_of(spec)]
+        unit.members.append((spec, self.add_parameter(spec, whole)))
+        unit.padded_shard_numel += padded
 
     def _initialise(self) -> None:
         """parallel/fsdp.py, _initialise_shards: each whole parameter is drawn in fp32 (and cast), then cut."""
@@ -126,7 +135,7 @@ class FSDP(Rule):
         unit.all_gather = None
         del before
 
-    def _free(self, unit: Unit) -> None:
+    def free(self, unit: Unit) -> None:
         for _, parameter in unit.members:
             parameter.tensor.storage.resize(False)
         unit.gathered = False
@@ -141,14 +150,14 @@ class FSDP(Rule):
         """RegisterPostBackwardFunction on the block's input: its backward runs when the block's is done."""
 
         def backward(grads: Grads) -> Grads:
-            self._post_backward(self.units[unit])
+            self.post_backward(self.units[unit])
             return [grads[0]]
 
         return x.view(node=Node(self.tape, [x], backward))
 
     def post_forward(self, unit: int, out: Tensor) -> Tensor:
-        if unit >= 0 and self.reshard:
-            self._free(self.units[unit])
+        if self.reshards(unit):
+            self.free(self.units[unit])
         if unit < 0:
             self.previous = None
         position = len(self.order)
@@ -164,12 +173,12 @@ class FSDP(Rule):
         if position > 0:
             self._issue(self.units[self.order[position - 1]])
 
-    def _post_backward(self, unit: Unit) -> None:
+    def post_backward(self, unit: Unit) -> None:
         """Free the parameters, flatten the gradients, reduce-scatter, keep the output as the sharded gradient."""
         grads = [p.accumulator.grad for _, p in unit.members]
         for _, p in unit.members:
             p.accumulator.grad = None
-        self._free(unit)
+        self.free(unit)
         self.reduce_input = None
         size = FP32 if self.mixed and self.cfg.parallel.fsdp.reduce_dtype == "fp32" else self.gathered_itemsize
         numel = unit.padded_shard_numel * self.size
@@ -189,7 +198,7 @@ class FSDP(Rule):
 
     def finish_backward(self) -> None:
         """_root_post_backward_final_callback: the root's own gradients come last."""
-        self._post_backward(self.units[-1])
+        self.post_backward(self.units[-1])
         self.reduce_input = None
         self.order.clear()
 

@@ -1,0 +1,116 @@
+"""engine=accelerate: the native rules with what Accelerate 1.15 does otherwise.
+
+Source: accelerate/accelerator.py (backward, accumulate, no_sync, prepare_model), accelerate/utils/fsdp_utils.py
+(fsdp2_prepare_model), accelerate/utils/dataclasses.py (set_mixed_precision, DistributedDataParallelKwargs). Autocast
+around the model's own forward and ``convert_outputs_to_fp32`` change nothing for a model that returns an fp32 loss.
+DeepSpeed's stages are the native rules: the same engine runs the same buffers.
+"""
+
+from __future__ import annotations
+
+from lab.analytic.architecture import ParameterSpec
+from lab.analytic.sharding.base import Rule
+from lab.analytic.sharding.fsdp import FSDP, Unit
+from lab.analytic.sharding.replicated import DDP, Single
+from lab.analytic.sharding.zero import Zero1, Zero2
+from lab.analytic.sharding.zero3 import Zero3
+from lab.analytic.tape import FP32, Grads, Node, Tape, Tensor
+from lab.config import DDPOptions, RunConfig
+from lab.units import MIB
+from lab.vocab import MemoryCategory, Strategy
+
+FIRST_BUCKET_BYTES = MIB  # torch: dist._DEFAULT_FIRST_BUCKET_BYTES
+
+
+class AccelerateSingle(Single):
+    """backward: ``loss / gradient_accumulation_steps``, also where that is 1."""
+
+    always_divides_loss = True
+
+
+class AccelerateDDP(DDP):
+    """to_kwargs passes on what differs from DDP's defaults only: at 25 MiB the first bucket is PyTorch's own 1 MiB."""
+
+    always_divides_loss = True
+
+    def bucket_caps(self) -> list[int]:
+        caps = super().bucket_caps()
+        return [FIRST_BUCKET_BYTES, *caps] if self.cfg.parallel.ddp.bucket_cap_mb == DDPOptions.bucket_cap_mb else caps
+
+
+class AccelerateFSDP(FSDP):
+    """FSDP2 with the final norm as a unit of its own, deferred reduction, and outputs in the compute dtype.
+
+    The norm's unit stays gathered after forward, so the last block's all-gather starts in the norm's backward, not in
+    the root's. ``no_sync`` (set_requires_gradient_sync) keeps whole gradients until the last micro-step. The weights
+    come from the host, one whole unit at a time.
+    """
+
+    always_divides_loss = True
+
+    def __init__(self, cfg: RunConfig, tape: Tape, specs: list[ParameterSpec]) -> None:
+        super().__init__(cfg, tape, specs)
+        self.norm = cfg.model.num_layers
+        self.units[self.norm] = Unit(self.norm)
+
+    def unit_of(self, spec: ParameterSpec) -> int:
+        return self.norm if spec.name.partition(".")[0] == "norm" else spec.unit
+
+    def build(self) -> None:
+        order = [*range(self.cfg.model.num_layers), self.norm, -1]
+        if not self.tape.trace.on_device_kernels:  # every fully_shard makes a mesh of its own, an int32 tensor
+            self.kept += [self.tape.new(self.world, 4, "device mesh") for _ in order]
+        for index in order:
+            members = [s for s in self.specs if self.unit_of(s) == index]
+            size, category = self.parameter_itemsize, MemoryCategory.PARAMETERS
+            whole = [self.tape.new(s.numel, size, f"whole {s.name}", category) for s in members]
+            for spec in members:
+                self.add_shard(spec)
+            del whole
+
+    def reshards(self, unit: int) -> bool:
+        return unit != self.norm and super().reshards(unit)
+
+    def enter(self, module: str, x: Tensor) -> Tensor:
+        if module != "norm":
+            return x
+        self.pre_forward(self.norm)
+        return self.wrap_input(self.norm, x)
+
+    def leave(self, module: str, y: Tensor) -> Tensor:
+        return self.post_forward(self.norm, y) if module == "norm" else y
+
+    def post_forward(self, unit: int, out: Tensor) -> Tensor:
+        """The root's output, the fp32 loss, is cast to output_dtype."""
+        out = super().post_forward(unit, out)
+        if unit >= 0 or not self.mixed:
+            return out
+        loss, tape = MemoryCategory.LOGITS_AND_LOSS, self.tape
+
+        def backward(grads: Grads) -> Grads:
+            return [tape.new(1, FP32, "loss gradient, fp32", loss)]
+
+        cast = tape.new(1, self.compute_itemsize, "loss in output_dtype", loss)
+        cast.node = Node(tape, [out], backward)
+        return cast
+
+    def post_backward(self, unit: Unit) -> None:
+        if self.last_micro_step:
+            super().post_backward(unit)
+        else:
+            self.free(unit)
+
+    def zero_grad(self) -> None:
+        for index in (*range(self.cfg.model.num_layers), self.norm, -1):
+            self.units[index].sharded_grad = None
+
+
+ACCELERATE_RULES: dict[Strategy, type[Rule]] = {
+    Strategy.SINGLE: AccelerateSingle,
+    Strategy.DDP: AccelerateDDP,
+    Strategy.ZERO1: Zero1,
+    Strategy.ZERO2: Zero2,
+    Strategy.ZERO3: Zero3,
+    Strategy.FSDP: AccelerateFSDP,
+    Strategy.FSDP_GRAD_OP: AccelerateFSDP,
+}
