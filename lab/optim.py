@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lab.config import OptimizerConfig, RunConfig
-from lab.transforms.bnb_optimizers import CLASSES, build_bnb_optimizer, paged_notes
+from lab.transforms.bnb_optimizers import CLASSES, build_bnb_optimizer
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], cfg: OptimizerConfig) -> torch.optim.Optimizer:
@@ -33,11 +33,6 @@ def build_optimizer(parameters: Iterable[nn.Parameter], cfg: OptimizerConfig) ->
     if cfg.kind == "sgd":
         return torch.optim.SGD(params, momentum=cfg.momentum, **common)
     return torch.optim.AdamW(params, betas=cfg.betas, eps=cfg.eps, **common)
-
-
-def optimizer_notes(cfg: OptimizerConfig, device: torch.device) -> list[str]:
-    """What the record should say of where the states were, once training is over."""
-    return paged_notes(cfg, device)
 
 
 def learning_rate(cfg: RunConfig, step: int) -> float:

@@ -59,6 +59,7 @@ class Prediction:
     num_parameters: int
     assumptions: list[str]
     fits: bool | None = None  # under train.memory_limit_gib and in the GPU; None: neither is known
+    managed_bytes: int | None = None  # paged optimizer states: CUDA managed memory, in no category; None: none
 
     def to_cli_json(self) -> dict[str, Any]:
         """The stable form of `lab predict --json`: steady state at the top level."""
@@ -67,6 +68,8 @@ class Prediction:
         out["states"] = to_json(self.states)
         out["num_parameters"] = self.num_parameters
         out["assumptions"] = list(self.assumptions)
+        if self.managed_bytes is not None:
+            out["managed_bytes"] = self.managed_bytes
         if self.fits is not None:
             out["fits"] = self.fits
         return out
@@ -118,6 +121,7 @@ class RankMeasurement:
     build: PhaseReading | None = None
     steps: list[StepMeasurement] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    managed_bytes: int | None = None  # paged optimizer states, in CUDA managed memory; None: none
 
 
 @dataclass

@@ -115,9 +115,9 @@ def train_and_measure(state: RunState, place: Place) -> tuple[list[RankMeasureme
     from lab.data import make_batches
     from lab.loop import Losses, live_tensors, train
     from lab.measure import gather, make_meter
-    from lab.optim import optimizer_notes
     from lab.progress import Progress
     from lab.track import make_tracker
+    from lab.transforms.bnb_optimizers import managed_bytes, paged_notes
 
     cfg, device, folder = state.cfg, place.device, state.folder
     assert folder is not None
@@ -138,8 +138,9 @@ def train_and_measure(state: RunState, place: Place) -> tuple[list[RankMeasureme
     clock = train(cfg, engine, batches, meter, losses, progress)
     progress.close()
     losses.read(cfg.train.steps)
-    state.notes += optimizer_notes(cfg.optimizer, device)
+    state.notes += paged_notes(cfg.optimizer, device)
     measurement = state.measurement(clock.step_seconds)
+    measurement.managed_bytes = managed_bytes(cfg.optimizer, device)
     meter.stop()
     ranks = gather(measurement, cfg.world_size)
     engine.close()

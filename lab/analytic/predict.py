@@ -39,9 +39,12 @@ def predict(cfg: RunConfig) -> Prediction:
 def _all_ranks(cfg: RunConfig, limit_bytes: int | None) -> Prediction:
     """``limit_bytes``: on what the allocator reserves, and enough to come through; None: none."""
     runs = [_replay(cfg, rank, limit_bytes) for rank in Replay(cfg).rule.ranks()]
-    first, steady, states = zip(*runs, strict=True)
+    first, steady, states, managed = zip(*runs, strict=True)
     worst = max(range(len(runs)), key=lambda i: steady[i].allocated_bytes)
-    return Prediction(_worst(steady), _worst(first), states[worst], num_parameters(cfg.model), assumptions(cfg))
+    said = assumptions(cfg, max(managed))
+    prediction = Prediction(_worst(steady), _worst(first), states[worst], num_parameters(cfg.model), said)
+    prediction.managed_bytes = max(managed) or None
+    return prediction
 
 
 def _refusal(limit_bytes: int, refused: Exhaustion) -> str:
@@ -54,8 +57,11 @@ def _refusal(limit_bytes: int, refused: Exhaustion) -> str:
 
 def _replay(
     cfg: RunConfig, rank: int, limit_bytes: int | None
-) -> tuple[StepPrediction, StepPrediction, MemoryBreakdown]:
-    """One rank: its first step, its steady step, its states."""
+) -> tuple[StepPrediction, StepPrediction, MemoryBreakdown, int]:
+    """One rank: its first step, its steady step, its states, and the bytes of those in managed memory.
+
+    ``limit_bytes``: on reserved bytes; enough to come through.
+    """
     replay = Replay(cfg, rank)
     replay.build()
     steady = min(replay.rule.steady_step, cfg.train.steps - 1)
@@ -67,7 +73,8 @@ def _replay(
     before = [start for phase, start, _ in spans_of(events, steady) if phase is StepPhase.ZERO_GRAD]
     moment = categories_at(events, before[:1])[0]
     states = MemoryBreakdown({c: moment.categories[c] for c in STATE_CATEGORIES if moment.categories[c]})
-    return _step(cfg, replay, simulation, 0), _step(cfg, replay, simulation, steady), states
+    managed = replay.rule.optimizer.managed_bytes
+    return _step(cfg, replay, simulation, 0), _step(cfg, replay, simulation, steady), states, managed
 
 
 def _worst(ranks: Sequence[StepPrediction]) -> StepPrediction:
@@ -92,5 +99,5 @@ def _step(cfg: RunConfig, replay: Replay, simulation: Simulation | None, step: i
     reserved = peak.total_bytes
     if simulation:
         reserved = max(simulation.reserved[i] for _, start, end in spans_of(events, step) for i in (start, end))
-    device = reserved + outside_allocator_bytes(cfg)
+    device = reserved + outside_allocator_bytes(cfg) + replay.rule.optimizer.managed_bytes
     return StepPrediction(peak.total_bytes, reserved, device, peak.categories, by_phase)

@@ -55,12 +55,16 @@ def check_sizes(optimizer: torch.optim.Optimizer, cfg: OptimizerConfig) -> None:
         )
 
 
-def paged_notes(cfg: OptimizerConfig, device: torch.device) -> list[str]:
-    """After training: where a paged optimizer's states were, with their bytes on a GPU."""
-    if not cfg.kind.startswith("paged_"):
-        return []
-    if device.type == "cpu":
-        return [f"optimizer={cfg.kind}: bitsandbytes does not page on a CPU; its states were plain tensors"]
+def managed_bytes(cfg: OptimizerConfig, device: torch.device) -> int | None:
+    """Bytes of this process's paged states; None where nothing is paged."""
+    if not cfg.kind.startswith("paged_") or device.type == "cpu":
+        return None
     manager = import_bitsandbytes().functional.GlobalPageManager.get_instance()
-    managed = sum(tensor.numel() * tensor.element_size() for tensor in manager.paged_tensors)
-    return [f"optimizer={cfg.kind}: {managed} bytes of states in CUDA managed memory, outside PyTorch's allocator"]
+    return sum(tensor.numel() * tensor.element_size() for tensor in manager.paged_tensors)
+
+
+def paged_notes(cfg: OptimizerConfig, device: torch.device) -> list[str]:
+    """What the record should say where bitsandbytes does not do what the optimizer's name promises."""
+    if cfg.kind.startswith("paged_") and device.type == "cpu":
+        return [f"optimizer={cfg.kind}: bitsandbytes does not page on a CPU; its states were plain tensors"]
+    return []
