@@ -1,4 +1,7 @@
-"""build(cfg, device) -> Engine, in one fixed order: meta model, checkpointing, shard and materialise, optimizer."""
+"""build(cfg, device) -> Engine, in one fixed order.
+
+Meta model, quantized layers, adapters, checkpointing; then shard and materialise (which quantizes), optimizer.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,10 @@ from lab.config import RunConfig
 from lab.model import Decoder
 from lab.model.hf import build_hf_model
 from lab.parallel import Engine, build_engine
+from lab.transforms.adapters import apply_adapter
 from lab.transforms.checkpointing import apply_checkpointing
 from lab.transforms.precision import apply_tf32, parameter_dtype
+from lab.transforms.quantization import quantize_linears
 
 
 def build_meta_model(cfg: RunConfig) -> nn.Module:
@@ -30,6 +35,8 @@ def build(cfg: RunConfig, device: torch.device) -> Engine:
     rank = dist.get_rank() if dist.is_initialized() else 0
     torch.manual_seed(cfg.seed + rank)  # dropout masks differ over ranks; the weights have seeds of their own
     model = build_meta_model(cfg)
+    quantize_linears(model, cfg.quantization)
+    apply_adapter(model, cfg.adapter)
     if cfg.model.family == "lab":
         apply_checkpointing(model.get_submodule("blocks"), cfg)
     return build_engine(cfg, model, device)

@@ -92,8 +92,12 @@ def lora(
 
 
 def _low_rank(ops: Ops, x: Tensor, a: Parameter, b: Parameter, rows: int, label: str, dropout: float) -> Tensor:
-    """B(A(dropout(x))) * scaling. Only the last tensor and what backward needs is left."""
-    down = ops.linear(ops.dropout(x, label + " adapter dropout") if dropout else x, a, None, rows, label + " adapter A")
+    """B(A(dropout(x))) * scaling. Only the last tensor and what backward needs is left; a module's input stays until
+    it returns (nn.Module.__call__ holds it).
+    """
+    dropped = ops.dropout(x, label + " adapter dropout") if dropout else x
+    down = ops.linear(dropped, a, None, rows, label + " adapter A")
+    del dropped
     up = ops.linear(down, b, None, rows, label + " adapter B")
     del down
     return ops.scale(up, label + " adapter output")

@@ -67,7 +67,9 @@ def state_bytes(shape: tuple[int, ...], cfg: QuantizationConfig) -> dict[str, in
 
 
 def compute_itemsize(cfg: QuantizationConfig) -> int:
-    """Bytes per element of the product's operands, and of the weight before it is quantized."""
+    """Bytes per element of the product's operands, and of the weight before it is quantized (int8: fp16)."""
+    if cfg.kind == "int8":
+        return BF16
     return _ITEMSIZE[cfg.compute_dtype]
 
 
@@ -89,10 +91,8 @@ class Quantizer:
             return tape.new(sizes[part], 1, f"{part} of {name}", STATE)
 
         if cfg.kind == "int8":
-            half = tape.new(spec.numel, BF16, "weight, fp16") if cfg.compute_dtype != "fp16" else value
             info.state.append(state("row maxima"))
             packed = tape.new(elements, size, name, MemoryCategory.PARAMETERS)
-            del half
             return packed, info
         if not info.nested:
             info.state.append(state("absmax"))

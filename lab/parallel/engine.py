@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from lab.transforms.quantization import kept_inputs, quantization_state
 from lab.vocab import MemoryCategory
 
 LiveTensor = tuple[MemoryCategory, Tensor]
@@ -42,8 +43,13 @@ class Engine(Protocol):
 
 
 def optimizer_state_tensors(optimizer: torch.optim.Optimizer, device: torch.device) -> Iterator[Tensor]:
-    """Every state tensor on ``device``, step counters included (fused keeps them there, foreach on the host)."""
-    for state in optimizer.state.values():
+    """Every state tensor on ``device``, step counters included (fused keeps them there, foreach on the host).
+
+    bitsandbytes' two code tables belong to the optimizer, not to a parameter. Its paged states are CPU tensors over
+    managed memory, and so not on a GPU's list.
+    """
+    tables = getattr(optimizer, "name2qmap", {})
+    for state in (tables, *optimizer.state.values()):
         for value in state.values():
             if isinstance(value, Tensor) and value.device.type == device.type:
                 yield value
@@ -61,3 +67,11 @@ def parameters_and_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[Liv
         yield MemoryCategory.PARAMETERS, parameter.data
         if parameter.grad is not None:
             yield MemoryCategory.GRADIENTS, parameter.grad
+
+
+def quantized_tensors(model: nn.Module) -> Iterator[LiveTensor]:
+    """What quantized Linears hold beside their weights, and the inputs that int8 layers keep for backward."""
+    for tensor in quantization_state(model):
+        yield MemoryCategory.QUANTIZATION_STATE, tensor
+    for tensor in kept_inputs(model):
+        yield MemoryCategory.ACTIVATIONS, tensor

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lab.config import RunConfig
-from lab.parallel.engine import LiveTensor, cached_tensors, optimizer_state_tensors, parameters_and_gradients
+from lab.parallel.engine import (
+    LiveTensor,
+    cached_tensors,
+    optimizer_state_tensors,
+    parameters_and_gradients,
+    quantized_tensors,
+)
 from lab.parallel.materialise import materialise
 from lab.parallel.torch_step import TorchStep
 from lab.transforms.precision import autocast
@@ -27,14 +33,14 @@ class ReplicatedEngine(TorchStep):
 
     def __init__(self, cfg: RunConfig, model: nn.Module, device: torch.device) -> None:
         self.cfg, self.device = cfg, device
+        self.num_parameters = sum(p.numel() for p in model.parameters())  # before some are packed
         for _ in materialise(model, cfg.seed, cfg.model.num_layers, device):
             pass
         if cfg.train.compile:  # before DDP, whose hooks stay outside the compiled graph
             model.forward = torch.compile(model.forward)
         self.decoder = model  # without DDP around it
-        self.num_parameters = sum(p.numel() for p in model.parameters())
         self.model: nn.Module = _ddp(cfg, model, device) if cfg.parallel.strategy is Strategy.DDP else model
-        self.make_optimizer(model.parameters(), device)
+        self.make_optimizer((p for p in model.parameters() if p.requires_grad), device)
         self._micro_step = 0
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -47,7 +53,8 @@ class ReplicatedEngine(TorchStep):
         return loss
 
     def live_tensors(self) -> Iterator[LiveTensor]:
-        yield from parameters_and_gradients(self.parameters)
+        yield from parameters_and_gradients(self.decoder.parameters())
+        yield from quantized_tensors(self.decoder)
         for tensor in optimizer_state_tensors(self.optimizer, self.device):
             yield MemoryCategory.OPTIMIZER_STATES, tensor
         yield from cached_tensors(self.decoder)

@@ -66,10 +66,11 @@ def _wrap(forward: Callable[..., Tensor], options: dict[str, Any]) -> Callable[.
 def apply_checkpointing(blocks: nn.ModuleList, cfg: RunConfig) -> None:
     """Wrap the forward of the configured blocks with non-reentrant ``torch.utils.checkpoint``.
 
-    The random state is kept (a copy per block on the host) only with dropout, where the second
-    forward has to draw the same masks.
+    The random state is kept (a copy per block on the host) only with dropout, of the model or of its adapters, where
+    the second forward has to draw the same masks.
     """
-    options: dict[str, Any] = {"preserve_rng_state": cfg.model.dropout > 0.0}
+    dropout = cfg.model.dropout > 0.0 or (cfg.adapter.kind != "none" and cfg.adapter.dropout > 0.0)
+    options: dict[str, Any] = {"preserve_rng_state": dropout}
     if cfg.checkpointing.kind is Checkpointing.SELECTIVE:
         options["context_fn"] = _selective_contexts
     for index in checkpointed_layers(cfg):

@@ -1,0 +1,140 @@
+"""Adapters with peft: LoRA and DoRA layers around frozen Linears; saved and read with safetensors.
+
+The one place that imports peft. Our checkpointing is non-reentrant, which needs no input that requires a gradient,
+so ``enable_input_require_grads`` has no place here. peft keeps the adapters in fp32 (``autocast_adapter_dtype``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lab.config import AdapterConfig, ConfigError
+from lab.transforms.quantization import is_quantized
+
+ALL_LINEAR = "all-linear"
+NAME = "default"  # peft's name of an only adapter
+WEIGHTS, PICKLE, EMBEDDING = "adapter_model.safetensors", "adapter_model.bin", "embedding.safetensors"
+
+
+def import_peft() -> Any:
+    """The library: some seconds, so only where an adapter is made, read or written."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():  # tables that it makes as it loads are not the run's, for the CPU's memory tracker
+        import peft
+        import peft.tuners.lora.dora
+
+    return peft
+
+
+def apply_adapter(model: nn.Module, cfg: AdapterConfig, embedding: str = "embedding") -> nn.Module:
+    """A meta model -> the same model, frozen, its targets wrapped by peft's layers (on the meta device too).
+
+    ``embedding`` names the token embedding, trained with ``train_embeddings``. Raises ConfigError where peft refuses.
+    """
+    if cfg.kind == "none":
+        return model
+    if cfg.prepare_kbit and any(is_quantized(p) for p in model.parameters()):
+        _upcast(model)
+    peft = import_peft()
+    settings = peft.LoraConfig(
+        r=cfg.rank,
+        lora_alpha=cfg.alpha,
+        lora_dropout=cfg.dropout,
+        target_modules=_target_names(model, cfg),
+        use_dora=cfg.kind == "dora",
+        bias="none",
+    )
+    try:
+        with torch.device("meta"), _dora_without_values(peft):
+            wrapper = peft.get_peft_model(model, settings, adapter_name=NAME)
+    except ValueError as error:
+        raise ConfigError("adapter.target_modules", list(cfg.target_modules), str(error).splitlines()[0]) from None
+    model.__dict__["peft_wrapper"] = wrapper  # not a submodule: names stay as they are
+    if cfg.train_embeddings:
+        model.get_submodule(embedding).requires_grad_(True)
+    return model
+
+
+def _upcast(model: nn.Module) -> None:
+    """prepare_model_for_kbit_training (peft/utils/other.py): half-precision parameters that are not quantized to fp32."""
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16) and not is_quantized(parameter):
+            parameter.data = parameter.data.float()
+
+
+def _target_names(model: nn.Module, cfg: AdapterConfig) -> list[str]:
+    """Names for peft. ``all-linear``: every Linear inside a block, so not the head (peft leaves it out by its class)."""
+    names = [t for t in cfg.target_modules if t != ALL_LINEAR]
+    if ALL_LINEAR in cfg.target_modules:
+        kinds = ("Linear", "Linear4bit", "Linear8bitLt", "Conv1D")
+        inside = (n for n, m in model.named_modules() if type(m).__name__ in kinds and "." in n)
+        names += sorted({n.rpartition(".")[2] for n in inside if any(part.isdigit() for part in n.split("."))})
+    return names
+
+
+@contextmanager
+def _dora_without_values(peft: Any) -> Iterator[None]:
+    """DoRA starts from the norms of the base's rows; on the meta device there are none to dequantize."""
+    dora = peft.tuners.lora.dora
+    original = dora.dequantize_module_weight
+
+    def shaped(module: Any) -> Tensor:
+        return torch.empty(module.out_features, module.in_features, dtype=torch.float32, device="meta")
+
+    dora.dequantize_module_weight = shaped
+    try:
+        yield
+    finally:
+        dora.dequantize_module_weight = original
+
+
+def adapter_state(model: nn.Module, whole: Callable[[Tensor], Tensor] = lambda t: t) -> dict[str, Tensor]:
+    """The adapter's tensors on the host under peft's names; ``whole`` gathers a sharded one (every rank calls it)."""
+    return {
+        f"base_model.model.{name.replace(f'.{NAME}', '')}": whole(p.detach()).cpu().contiguous()
+        for name, p in model.named_parameters()
+        if f".{NAME}" in name
+    }
+
+
+def save_adapter(model: nn.Module, folder: Path, state: dict[str, Tensor], embedding: Tensor | None = None) -> None:
+    """peft's save_pretrained with the given tensors: adapter_model.safetensors and adapter_config.json, as peft reads."""
+    named = {k.replace(".weight", f".{NAME}.weight"): v for k, v in state.items()}
+    model.__dict__["peft_wrapper"].save_pretrained(
+        str(folder), safe_serialization=True, state_dict=named, save_embedding_layers=False
+    )
+    if embedding is not None:
+        from safetensors.torch import save_file
+
+        save_file({"weight": embedding.cpu().contiguous()}, folder / EMBEDDING)
+
+
+def read_adapter(cfg: AdapterConfig) -> dict[str, Tensor]:
+    """Tensors of a saved adapter under peft's names. ConfigError: missing, corrupt, or a pickle that nobody asked for."""
+    assert cfg.load is not None
+    folder = Path(cfg.load)
+    safe, pickled = folder / WEIGHTS, folder / PICKLE
+    if not safe.is_file() and not pickled.is_file():
+        raise ConfigError("adapter.load", cfg.load, f"a folder with {WEIGHTS}, as adapter.save=true writes it")
+    if not safe.is_file() and not cfg.allow_pickle:
+        raise ConfigError(
+            "adapter.load",
+            cfg.load,
+            f"holds {PICKLE} only, and a pickle may run code: adapter.allow_pickle=true reads it",
+        )
+    try:
+        if safe.is_file():
+            from safetensors.torch import load_file
+
+            return dict(load_file(safe))
+        return dict(torch.load(pickled, map_location="cpu", weights_only=True))
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise ConfigError("adapter.load", cfg.load, f"a readable adapter; it is corrupt ({first})") from None
