@@ -21,7 +21,7 @@ from lab.config import ConfigError, RunConfig
 from lab.vocab import StepPhase
 
 TIGHT_BYTES = LARGE_SEGMENT
-"""A margin below one segment of the large pool is no margin: a kernel's scratch block that is not replayed costs one."""
+"""A margin below one segment of the large pool is none: a kernel's scratch block that is not replayed costs one."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Boundary:
 
 
 def allocator_limit_bytes(cfg: RunConfig) -> int:
-    """``train.memory_limit_gib``, else the GPU without CUDA's context and NCCL. Raises ConfigError if neither is known."""
+    """``train.memory_limit_gib``, else the GPU less CUDA's context and NCCL. ConfigError if neither is known."""
     hardware = cfg.hardware
     if hardware.device_type != "cuda":
         raise ConfigError("hardware", hardware.name, "has no memory limit; name a GPU, such as hardware=h200")

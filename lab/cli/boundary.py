@@ -24,8 +24,8 @@ from lab.report.boundary import (
 )
 from lab.units import readable
 
-HELP = """The largest train.micro_batch_size that fits, by the simulated allocator: under train.memory_limit_gib (PyTorch's
-reserved bytes, each GPU), or on the whole GPU. Points as for `lab sweep`; the batch size they have does not matter.
+HELP = """The largest train.micro_batch_size that fits, by the simulated allocator: under train.memory_limit_gib (what
+PyTorch reserves on each GPU), or on the whole GPU. Points as for `lab sweep`; their own batch size does not matter.
 
   lab boundary model=350m hardware=h200 train.memory_limit_gib=12 checkpointing=none,full
   lab boundary experiment=oom_boundary hardware=h200

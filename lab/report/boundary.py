@@ -125,9 +125,9 @@ def boundary_table(results: Sequence[BoundaryResult]) -> str:
             f"{counts[Verdict.TOO_HIGH]} too high{tight}, {counts[Verdict.OPEN]} not measured; {_machines(results)}."
         )
     note = (
-        "Largest train.micro_batch_size predicted to fit under the limit on PyTorch's reserved bytes, and the least limit "
-        f"under which it and the next one fit; GiB = 2^30 bytes; *: less than {TIGHT_BYTES // MIB} MiB, one segment, to "
-        "spare; fails in: step (from 0) and phase of the next one's refused request."
+        "Largest train.micro_batch_size predicted to fit under the limit on PyTorch's reserved bytes, and the least "
+        f"limit under which it and the next one fit; GiB = 2^30 bytes; *: less than {TIGHT_BYTES // MIB} MiB, one "
+        "segment, to spare; fails in: step (from 0) and phase of the next one's refused request."
     )
     return "\n\n".join([*lines, markdown_table(headers, rows), note])
 
