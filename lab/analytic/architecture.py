@@ -1,4 +1,4 @@
-"""Tensor inventory of the lab's decoder: every parameter's name, shape and place, from ModelConfig alone."""
+"""Tensor inventory of a model, the lab's decoder here, others in ``families``: every parameter's name, shape and place, from ModelConfig alone."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ class ParameterSpec:
 
 def parameters(model: ModelConfig) -> list[ParameterSpec]:
     """All parameters in ``nn.Module.parameters()`` order (a tied head adds none)."""
+    if model.family != "lab":
+        from lab.analytic.families.inventory import hf_parameters
+
+        return hf_parameters(model)
     h, f, d = model.hidden_size, model.intermediate_size, model.head_dim
     q, kv = model.num_heads * d, model.num_kv_heads * d
     specs = [ParameterSpec("embedding.weight", (model.vocab_size, h), -1)]
@@ -67,3 +71,12 @@ def parameters(model: ModelConfig) -> list[ParameterSpec]:
 def num_parameters(model: ModelConfig) -> int:
     """Elements of all parameters; a tied head counts once."""
     return sum(p.numel for p in parameters(model))
+
+
+def tied_modules(model: ModelConfig) -> tuple[str, str]:
+    """(output head, token embedding): the modules that share a weight with ``tied_head``."""
+    if model.family == "lab":
+        return "head", "embedding"
+    from lab.analytic.families.inventory import PREFIX, embedding_module
+
+    return f"{PREFIX}lm_head", embedding_module(model)

@@ -267,8 +267,8 @@ def autocast_attention(
     They are in the autocast type already behind plain Linears; quantized ones give back their input's type.
     """
     if ops.amp is not None:
-        q, k, v = (
-            ops.cast(t, ops.amp, f"{name}, autocast copy") for t, name in ((q, "query"), (k, "key"), (v, "value"))
+        v, k, q = (  # the arguments of a C++ call, from the last to the first
+            ops.cast(t, ops.amp, f"{name}, autocast copy") for t, name in ((v, "value"), (k, "key"), (q, "query"))
         )
     return attention(ops, q, k, v, a, backend, dropout)
 

@@ -29,7 +29,7 @@ host runs ahead of the GPU, differs between the ranks of one run, and only *rese
 
 from __future__ import annotations
 
-from lab.analytic.architecture import ParameterSpec
+from lab.analytic.architecture import ParameterSpec, tied_modules
 from lab.analytic.ops import Parameter
 from lab.analytic.sharding.base import PARAMETERS, DeepSpeedRule
 from lab.analytic.sharding.zero3_fetch import Coordinator
@@ -71,7 +71,8 @@ class Zero3(DeepSpeedRule):
         for name, sharded in self.sharded.items():
             members.setdefault(name.rpartition(".")[0], []).append(sharded)
         if self.cfg.model.tied_head:
-            members["head"] = members["embedding"]
+            head, embedding = tied_modules(self.cfg.model)
+            members[head] = members[embedding]
         self.coordinator = Coordinator(self.gatherer, self.options, members)
         for p in ordered:  # create_reduce_and_remove_grad_hooks gathers each for a moment
             self.gatherer.all_gather([p])

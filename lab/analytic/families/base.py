@@ -1,0 +1,78 @@
+"""What transformers' decoders share: positions, mask checks, the loop over blocks, head and loss."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from lab.analytic.checkpoint import checkpoint
+from lab.analytic.decoder import Decoder
+from lab.analytic.families.inventory import PREFIX, blocks_prefix, embedding_module
+from lab.analytic.families.pieces import causal_lm_loss
+from lab.analytic.tape import BOOL, INT64, Tensor
+
+
+class HFDecoder(Decoder):
+    """``XForCausalLM.forward`` behind lab.model.hf.HFCausalLM. Subclasses give the model's own forward.
+
+    Modules that are called with keyword arguments alone (the model, self_attn) get no hook on their input: DeepSpeed
+    looks at positional arguments only.
+    """
+
+    def _positions(self) -> Tensor:
+        """torch.arange(s) + 0."""
+        plain = self.ops.new(self.cfg.train.seq_len, INT64, "position ids")
+        positions = self.ops.new(self.cfg.train.seq_len, INT64, "position ids")
+        del plain
+        return positions
+
+    def _check_packed(self) -> None:
+        """masking_utils.find_packed_sequence_indices: are the positions those of one sequence? Nothing stays."""
+        ops, s, b = self.ops, self.cfg.train.seq_len, self.cfg.train.micro_batch_size
+        joined = ops.new(b * (s + 1), INT64, "position differences")
+        difference = ops.new(b * s, INT64, "position differences")
+        del joined
+        unequal = ops.new(b * s, BOOL, "position jumps")
+        packed = ops.new(b * s, INT64, "packed sequence indices")
+        del unequal, difference, packed
+
+    def _hf_blocks(self, x: Tensor, *extra: Tensor) -> Tensor:
+        """All blocks. ``extra`` (rotary tables) reach them as keyword arguments."""
+        hooks, prefix = self.hooks, blocks_prefix(self.cfg.model)
+        for i in range(self.cfg.model.num_layers):
+            run = partial(self.layer, i, *extra)
+            x = hooks.wrap_input(i, x)
+            hooks.pre_forward(i)
+            y = hooks.enter(f"{prefix}.{i}", x)
+            y = checkpoint(self.ops, run, y, selective=False) if self._checkpointed(i) else run(y)
+            x = hooks.leave(f"{prefix}.{i}", y)
+            del y
+            x = hooks.post_forward(i, x)
+        return x
+
+    def layer(self, i: int, *extra_and_input: Tensor) -> Tensor:
+        """Block i: the extras, then its input."""
+        raise NotImplementedError
+
+    def model(self) -> Tensor:
+        """The model under the head: the final norm's output."""
+        raise NotImplementedError
+
+    def forward(self) -> Tensor:
+        hooks, name = self.hooks, PREFIX[:-1]
+        hooks.pre_forward(-1)
+        hooks.enter_source("")
+        hooks.enter_source(name)
+        x = self.model()
+        logits = self._hf_logits(x)
+        loss = causal_lm_loss(self.ops, logits, self.cfg.train.micro_batch_size, self.rows)
+        loss = hooks.leave(name, loss)
+        del x, logits  # forward's local variables
+        return hooks.post_forward(-1, hooks.leave("", loss))
+
+    def _hf_logits(self, x: Tensor) -> Tensor:
+        head = f"{PREFIX}lm_head"
+        if not self.cfg.model.tied_head:
+            return self.linears(x, head, "logits", self.rows)
+        x = self.hooks.enter(head, x)
+        weight = self.p[f"{embedding_module(self.cfg.model)}.weight"]
+        return self.hooks.leave(head, self.ops.linear(x, weight, None, self.rows, "logits"))
