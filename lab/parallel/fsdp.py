@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lab.config import RunConfig
 from lab.parallel.engine import LiveTensor, cached_tensors, optimizer_state_tensors
-from lab.parallel.materialise import initial_value, slots
+from lab.parallel.materialise import initial_value, materialise_buffers, slots
 from lab.parallel.torch_step import TorchStep
 from lab.transforms.precision import compute_dtype
 from lab.vocab import MemoryCategory, Precision, Strategy
@@ -92,6 +92,7 @@ def _initialise_shards(cfg: RunConfig, model: nn.Module, device: torch.device) -
     """Allocate the local shards and cut each whole initial parameter to size, without communication."""
     tied = slots(model)  # before to_empty, which makes a new tensor for every place
     model.to_empty(device=device)
+    materialise_buffers(model, device, only_meta=False)
     for slot in tied:
         module, leaf = slot.places[0]
         slot.put(getattr(module, leaf))
