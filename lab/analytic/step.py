@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lab.analytic.families import make_decoder
+from lab.analytic.families import buffers, make_decoder
 from lab.analytic.inventory import inventory
 from lab.analytic.ops import Ops
 from lab.analytic.sharding import rule_of
@@ -39,6 +39,7 @@ class Replay:
         batches = MemoryCategory.ACTIVATIONS
         self.kept += [self.tape.new(tokens, INT64, "batch", batches) for _ in range(4)]
         self.kept.append(self.tape.new(t.steps, FP32, "losses", MemoryCategory.LOGITS_AND_LOSS))
+        self.kept += buffers(self.cfg, self.tape)
         self.rule.build()
         self.decoder = make_decoder(self.cfg, self.ops, self.rule.parameters, self.rule)
 

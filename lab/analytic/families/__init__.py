@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from lab.analytic.decoder import Decoder
+from lab.analytic.families.base import make_buffers
 from lab.analytic.families.gpt2 import GPT2
 from lab.analytic.families.llama import Llama
 from lab.analytic.ops import Ops, Parameter
 from lab.analytic.sharding.base import Rule
+from lab.analytic.tape import Tape, Tensor
 from lab.config import RunConfig
 
 
@@ -14,3 +16,8 @@ def make_decoder(cfg: RunConfig, ops: Ops, params: dict[str, Parameter], hooks: 
     """The op list of the run's family; unknown ones are replayed as a Llama of their shapes."""
     kind = {"lab": Decoder, "gpt2": GPT2}.get(cfg.model.family, Llama)
     return kind(cfg, ops, params, hooks)
+
+
+def buffers(cfg: RunConfig, tape: Tape) -> list[Tensor]:
+    """What the model keeps on the device beside its parameters from the build on."""
+    return [] if cfg.model.family == "lab" else make_buffers(cfg, tape)

@@ -8,7 +8,9 @@ from lab.analytic.checkpoint import checkpoint
 from lab.analytic.decoder import Decoder
 from lab.analytic.families.inventory import PREFIX, blocks_prefix, embedding_module
 from lab.analytic.families.pieces import causal_lm_loss
-from lab.analytic.tape import BOOL, INT64, Tensor
+from lab.analytic.tape import BF16, BOOL, FP32, INT64, Tape, Tensor
+from lab.config import RunConfig
+from lab.vocab import MemoryCategory, Precision
 
 
 class HFDecoder(Decoder):
@@ -76,3 +78,20 @@ class HFDecoder(Decoder):
         x = self.hooks.enter(head, x)
         weight = self.p[f"{embedding_module(self.cfg.model)}.weight"]
         return self.hooks.leave(head, self.ops.linear(x, weight, None, self.rows, "logits"))
+
+
+def make_buffers(cfg: RunConfig, tape: Tape) -> list[Tensor]:
+    """Buffers that live with the model (lab.model.hf.materialise_buffers): rotary frequencies twice, Gemma's scale.
+
+    fp32, but DeepSpeed casts a half-precision engine's whole module, its buffers too (runtime/engine.py).
+    """
+    model, half = cfg.model, cfg.precision.kind is not Precision.FP32
+    if model.position != "rope":
+        return []
+    category = MemoryCategory.ACTIVATIONS
+    cast = half and bool(cfg.parallel.strategy.zero_stage)
+    names = [("rotary frequencies", model.head_dim // 2, BF16 if cast else FP32)] * 2
+    if model.family == "gemma":
+        narrow = cast or cfg.precision.kind is Precision.BF16_PURE
+        names.insert(0, ("embedding scale", 1, BF16 if narrow else FP32))
+    return [tape.new(numel, size, label, category) for label, numel, size in names]

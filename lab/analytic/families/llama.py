@@ -10,7 +10,7 @@ from lab.analytic.families.base import HFDecoder
 from lab.analytic.families.inventory import PREFIX, blocks_prefix, embedding_module
 from lab.analytic.families.pieces import apply_rotary, gelu_new, gemma_rmsnorm, reshaped, rmsnorm, times_constant
 from lab.analytic.tape import FP32, Tensor
-from lab.vocab import MemoryCategory
+from lab.vocab import MemoryCategory, Precision
 
 
 class Llama(HFDecoder):
@@ -20,6 +20,11 @@ class Llama(HFDecoder):
         norm = gemma_rmsnorm if self.cfg.model.family == "gemma" else rmsnorm
         x = self.hooks.enter(name, x)
         return self.hooks.leave(name, norm(self.ops, x, self.p[f"{name}.weight"], rows, name))
+
+    @property
+    def half_buffers(self) -> bool:
+        """DeepSpeed has cast the frequencies: the forward casts them back."""
+        return bool(self.cfg.parallel.strategy.zero_stage) and self.cfg.precision.kind is not Precision.FP32
 
     def model(self) -> Tensor:
         name = f"{PREFIX}model"
@@ -38,15 +43,21 @@ class Llama(HFDecoder):
         x = self._embedding(embedding_module(self.cfg.model), self.rows)
         if self.cfg.model.family != "gemma":
             return x
-        scale = self.ops.new(1, x.itemsize, "embedding scale")
+        # embed_scale.to(weight.dtype): the buffer itself, unless FSDP gathers the weight in another type than it stores.
+        cast = self.cfg.parallel.strategy.is_fsdp and self.cfg.precision.kind in (
+            Precision.BF16_MIXED,
+            Precision.FP16_MIXED,
+        )
+        scale = self.ops.new(int(cast), x.itemsize, "embedding scale")
         return times_constant(self.ops, x, scale, "embedding scaled")
 
     def _rotary(self, size: int) -> tuple[Tensor, Tensor]:
         """LlamaRotaryEmbedding.forward: cos and sin [1, s, d] in the hidden states' type."""
         ops, numel = self.ops, self.cfg.train.seq_len * self.cfg.model.head_dim
         positions = ops.new(self.cfg.train.seq_len, FP32, "rotary positions")
+        wide = ops.new(self.cfg.model.head_dim // 2, FP32, "rotary frequencies") if self.half_buffers else None
         freqs = ops.new(numel // 2, FP32, "rotary angles")
-        del positions
+        del positions, wide
         angles = ops.new(numel, FP32, "rotary angles")
         tables = []
         for name in ("cos", "sin"):
