@@ -45,10 +45,13 @@ class Decoder:
         self.rows = t.micro_batch_size * t.seq_len
         self.linears = Linears(cfg, ops, params, hooks)
         self.rope_tables: list[Tensor] = []
-        self.compute_itemsize = FP32 if cfg.precision.kind is Precision.FP32 else BF16
+        precision = cfg.precision.kind
+        if precision is Precision.BF16_PURE and next(iter(params.values())).tensor.itemsize == FP32:
+            precision = Precision.FP32  # upcast beside a quantized base: fp32 between the quantized products
+        self.compute_itemsize = FP32 if precision is Precision.FP32 else BF16
         self.composite_rmsnorm = m.norm == "rmsnorm" and cfg.hardware.device_type == "cpu"
         self.backend = choose_backend(
-            cfg.attention.backend, cfg.hardware.device_type, cfg.precision.kind, self.shape, m.dropout
+            cfg.attention.backend, cfg.hardware.device_type, precision, self.shape, m.dropout
         )
 
     def _linear(self, x: Tensor, name: str, label: str, rows: int | None = None) -> Tensor:

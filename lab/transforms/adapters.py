@@ -63,14 +63,14 @@ def apply_adapter(model: nn.Module, cfg: AdapterConfig, embedding: str = "embedd
 
 
 def _upcast(model: nn.Module) -> None:
-    """prepare_model_for_kbit_training (peft/utils/other.py): half-precision parameters that are not quantized to fp32."""
+    """prepare_model_for_kbit_training (peft/utils/other.py): what is in half precision and not quantized to fp32."""
     for parameter in model.parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16) and not is_quantized(parameter):
             parameter.data = parameter.data.float()
 
 
 def _target_names(model: nn.Module, cfg: AdapterConfig) -> list[str]:
-    """Names for peft. ``all-linear``: every Linear inside a block, so not the head (peft leaves it out by its class)."""
+    """Names for peft. ``all-linear``: every Linear inside a block, so not the head."""
     names = [t for t in cfg.target_modules if t != ALL_LINEAR]
     if ALL_LINEAR in cfg.target_modules:
         kinds = ("Linear", "Linear4bit", "Linear8bitLt", "Conv1D")
@@ -105,7 +105,7 @@ def adapter_state(model: nn.Module, whole: Callable[[Tensor], Tensor] = lambda t
 
 
 def save_adapter(model: nn.Module, folder: Path, state: dict[str, Tensor], embedding: Tensor | None = None) -> None:
-    """peft's save_pretrained with the given tensors: adapter_model.safetensors and adapter_config.json, as peft reads."""
+    """peft's save_pretrained of the given tensors: adapter_model.safetensors and adapter_config.json."""
     named = {k.replace(".weight", f".{NAME}.weight"): v for k, v in state.items()}
     model.__dict__["peft_wrapper"].save_pretrained(
         str(folder), safe_serialization=True, state_dict=named, save_embedding_layers=False
@@ -117,7 +117,7 @@ def save_adapter(model: nn.Module, folder: Path, state: dict[str, Tensor], embed
 
 
 def read_adapter(cfg: AdapterConfig) -> dict[str, Tensor]:
-    """Tensors of a saved adapter under peft's names. ConfigError: missing, corrupt, or a pickle that nobody asked for."""
+    """Tensors of a saved adapter, peft's names. ConfigError: missing, corrupt, or a pickle that nobody asked for."""
     assert cfg.load is not None
     folder = Path(cfg.load)
     safe, pickled = folder / WEIGHTS, folder / PICKLE

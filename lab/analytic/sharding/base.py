@@ -137,6 +137,10 @@ class DeepSpeedRule(Rule):
     def parameter_itemsize(self) -> int:
         return self.compute_itemsize
 
+    def itemsize_of(self, spec: ParameterSpec) -> int:
+        """DeepSpeed casts every floating-point parameter of the module, adapters too."""
+        return self.parameter_itemsize
+
     @property
     def master_itemsize(self) -> int:
         """bf16_master_weights_and_grads with bf16_optimizer_states: two bytes in bf16_pure, else fp32."""
