@@ -12,7 +12,7 @@ from lab.analytic.hardware import outside_allocator_bytes
 from lab.cli.arguments import Parser
 from lab.cli.points import Point, resolve_point, study_points
 from lab.cli.sweep import Sweep, drop_launcher_variables, interrupt, reason_parts
-from lab.config import ConfigError, RunConfig
+from lab.config import ConfigError, RunConfig, load
 from lab.record import to_json
 from lab.report.boundary import (
     BoundaryResult,
@@ -28,9 +28,10 @@ HELP = """The largest train.micro_batch_size that fits, by the simulated allocat
 PyTorch reserves on each GPU), or on the whole GPU. Points as for `lab sweep`; their own batch size does not matter.
 
   lab boundary model=350m hardware=h200 train.memory_limit_gib=12 checkpointing=none,full
-  lab boundary experiment=oom_boundary hardware=h200
-  lab boundary experiment=oom_boundary --measure --jobs 8 --share 4 -o experiments/oom_boundary/boundary.json
-  lab boundary --table experiments/oom_boundary/boundary.json
+  lab boundary experiment=oom_boundary hardware=h200 -o FILE.json                    predict first, without a GPU
+  lab boundary --predicted FILE.json --measure --jobs 8 --share 4 -o FILE.json       then run it on GPUs
+  lab boundary experiment=oom_boundary --measure --jobs 8 --share 4 -o FILE.json     both
+  lab boundary --table FILE.json
 
 --measure runs that size and the next larger one of each point for real. Exit code 1 if a size that was predicted to fit
 runs out of memory, or if a run ends neither well nor out of memory. Runs that are recorded already are not run again.
@@ -40,6 +41,7 @@ runs out of memory, or if a run ends neither well nor out of memory. Runs that a
 def run(argv: Sequence[str]) -> int:
     parser = Parser("boundary", HELP)
     parser.add_overrides()
+    parser.add_argument("--predicted", metavar="FILE", help="points and predictions of a file written with -o")
     parser.add_argument("--measure", action="store_true", help="run the predicted size and the next one")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="--measure: runs at a time")
     parser.add_argument("--share", type=int, default=1, metavar="N", help="--measure: runs on one GPU at a time")
@@ -54,11 +56,10 @@ def run(argv: Sequence[str]) -> int:
         results = read_results(Path(arguments.table))
     else:
         drop_launcher_variables()
-        points = _valid(study_points(arguments.overrides))
-        results = [BoundaryResult(list(p.overrides), p.label, boundary(cfg)) for p, cfg in points]
+        results = _predicted(arguments.predicted, arguments.overrides)
         _write(arguments.output, results)  # before anything is run
         if arguments.measure:
-            _check_share([cfg for _, cfg in points], results, arguments.share)
+            _check_share(results, arguments.share)
             _measure(results, arguments.jobs, arguments.share)
             _write(arguments.output, results)
     print(json.dumps([as_json(r) for r in results], indent=1) if arguments.json else boundary_table(results))
@@ -69,6 +70,15 @@ def as_json(result: BoundaryResult) -> dict[str, object]:
     """One object of ``--json``: as in the file, with margin and verdict."""
     tree: dict[str, object] = to_json(result)
     return {**tree, "margin_bytes": result.boundary.margin_bytes, "verdict": result.verdict.value}
+
+
+def _predicted(file: str | None, overrides: Sequence[str]) -> list[BoundaryResult]:
+    """Of a file, or of the study and settings given. Raises ConfigError for both, and for a point that breaks a rule."""
+    if file is None:
+        return [BoundaryResult(list(p.overrides), p.label, boundary(cfg)) for p, cfg in _valid(study_points(overrides))]
+    if overrides:
+        raise ConfigError("--predicted", file, f"the points are in the file; drop {' '.join(overrides)}")
+    return read_results(Path(file))
 
 
 def measured_points(result: BoundaryResult) -> dict[int, Point]:
@@ -102,10 +112,11 @@ def _measure(results: Sequence[BoundaryResult], jobs: int, share: int) -> None:
         result.versions = {k: str(v) for found in versions for k, v in found.items() if v}
 
 
-def _check_share(cfgs: Sequence[RunConfig], results: Sequence[BoundaryResult], share: int) -> None:
+def _check_share(results: Sequence[BoundaryResult], share: int) -> None:
     """Runs that share a GPU must not run out of the GPU itself."""
     if share == 1:
         return
+    cfgs = [load(r.overrides) for r in results]
     worst = max(_device_bytes(cfg, r.boundary) for cfg, r in zip(cfgs, results, strict=True))
     capacity = cfgs[0].hardware.capacity_bytes
     if not capacity or share * worst > capacity:

@@ -106,7 +106,7 @@ def read_results(path: Path) -> list[BoundaryResult]:
     try:
         return [cast(BoundaryResult, from_json(BoundaryResult, tree)) for tree in json.loads(path.read_text("utf-8"))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError("--table", path, f"no readable file of `lab boundary -o`: {error}") from None
+        raise ConfigError("FILE", path, f"no readable file of `lab boundary -o`: {error}") from None
 
 
 def boundary_table(results: Sequence[BoundaryResult]) -> str:

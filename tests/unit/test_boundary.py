@@ -258,7 +258,9 @@ def test_the_command_runs_both_sizes_and_gpus_are_shared(
     output = tmp_path / "boundary.json"
     arguments = [*SMALL, "train.memory_limit_gib=0.3,0.4,0.5", f"launch.output_dir={tmp_path}"]
     options = ["--measure", "--jobs", "5", "--share", "2", "-o", str(output)]
-    assert main(["boundary", *arguments, *options]) == 1  # one predicted size ran out
+    assert main(["boundary", *arguments, "-o", str(output)]) == 0
+    assert [r.verdict for r in read_results(output)] == [Verdict.OPEN] * 3
+    assert main(["boundary", "--predicted", str(output), *options]) == 1  # one predicted size ran out
     assert max(crowd) == 2
     assert len(crowd) == 6
     results = read_results(output)
@@ -273,6 +275,8 @@ def test_the_command_runs_both_sizes_and_gpus_are_shared(
     assert main(["boundary", "--table", str(output), "--json"]) == 0
     assert [r["verdict"] for r in json.loads(capsys.readouterr().out)] == ["exact", "too low", "too high"]
     assert main(["boundary", *arguments, "--measure", "--share", "100"]) == 2
+    assert main(["boundary", *arguments, "--predicted", str(output)]) == 2
+    assert main(["boundary", "--predicted", str(tmp_path / "none.json")]) == 2
     assert "fewer fit" in capsys.readouterr().err
 
 
