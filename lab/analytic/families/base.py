@@ -83,15 +83,16 @@ class HFDecoder(Decoder):
 def make_buffers(cfg: RunConfig, tape: Tape) -> list[Tensor]:
     """Buffers that live with the model (lab.model.hf.materialise_buffers): rotary frequencies twice, Gemma's scale.
 
-    fp32, but DeepSpeed casts a half-precision engine's whole module, its buffers too (runtime/engine.py).
+    fp32 in every precision (the frequencies say so, and DeepSpeed 0.19 leaves buffers alone); the scale has the type
+    that the parameters were made in.
     """
-    model, half = cfg.model, cfg.precision.kind is not Precision.FP32
+    model, strategy = cfg.model, cfg.parallel.strategy
     if model.position != "rope":
         return []
     category = MemoryCategory.ACTIVATIONS
-    cast = half and bool(cfg.parallel.strategy.zero_stage)
-    names = [("rotary frequencies", model.head_dim // 2, BF16 if cast else FP32)] * 2
+    names = [("rotary frequencies", model.head_dim // 2, FP32)] * 2
     if model.family == "gemma":
-        narrow = cast or cfg.precision.kind is Precision.BF16_PURE
+        narrow = cfg.precision.kind is Precision.BF16_PURE
+        narrow = narrow or (bool(strategy.zero_stage) and cfg.precision.kind is not Precision.FP32)
         names.insert(0, ("embedding scale", 1, BF16 if narrow else FP32))
     return [tape.new(numel, size, label, category) for label, numel, size in names]

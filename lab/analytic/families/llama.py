@@ -21,11 +21,6 @@ class Llama(HFDecoder):
         x = self.hooks.enter(name, x)
         return self.hooks.leave(name, norm(self.ops, x, self.p[f"{name}.weight"], rows, name))
 
-    @property
-    def half_buffers(self) -> bool:
-        """DeepSpeed has cast the frequencies: the forward casts them back."""
-        return bool(self.cfg.parallel.strategy.zero_stage) and self.cfg.precision.kind is not Precision.FP32
-
     def model(self) -> Tensor:
         name = f"{PREFIX}model"
         self.hooks.enter_source(name)
@@ -55,9 +50,8 @@ class Llama(HFDecoder):
         """LlamaRotaryEmbedding.forward: cos and sin [1, s, d] in the hidden states' type."""
         ops, numel = self.ops, self.cfg.train.seq_len * self.cfg.model.head_dim
         positions = ops.new(self.cfg.train.seq_len, FP32, "rotary positions")
-        wide = ops.new(self.cfg.model.head_dim // 2, FP32, "rotary frequencies") if self.half_buffers else None
         freqs = ops.new(numel // 2, FP32, "rotary angles")
-        del positions, wide
+        del positions
         angles = ops.new(numel, FP32, "rotary angles")
         tables = []
         for name in ("cos", "sin"):
