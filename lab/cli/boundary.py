@@ -73,7 +73,7 @@ def as_json(result: BoundaryResult) -> dict[str, object]:
 
 
 def _predicted(file: str | None, overrides: Sequence[str]) -> list[BoundaryResult]:
-    """Of a file, or of the study and settings given. Raises ConfigError for both, and for a point that breaks a rule."""
+    """Of a file, or of the study and settings given. Raises ConfigError for both and for a point that breaks a rule."""
     if file is None:
         return [BoundaryResult(list(p.overrides), p.label, boundary(cfg)) for p, cfg in _valid(study_points(overrides))]
     if overrides:
