@@ -27,7 +27,7 @@ def study_table(records: Sequence[RunRecord], with_textbook: bool = False, as_ov
 
     ``as_overrides`` shows each run's own settings in one column, for sets of runs that differ in everything.
     """
-    columns = _Columns(records, as_overrides)
+    columns = StudyColumns(records, as_overrides)
     rows = [comparison_row(r) for r in records]
     status = any(r["status"] != "ok" for r in rows)
     headers = [*columns.headers, *(["status"] if status else []), "predicted GiB", "measured GiB", "error %"]
@@ -49,7 +49,7 @@ def study_table(records: Sequence[RunRecord], with_textbook: bool = False, as_ov
 
 def ledger_table(records: Sequence[RunRecord], phase: StepPhase) -> str:
     """Measured bytes of live tensors by category at a phase's end of the steady step, on the rank that holds most."""
-    columns = _Columns(records)
+    columns = StudyColumns(records)
     ledgers = [_ledger(r, phase) for r in records]
     used = [c for c in MemoryCategory if any(x and x.ledger and x.ledger[c] >= 1 << 20 for x in ledgers)]
     headers = [*columns.headers, *(c.value.replace("_", " ") for c in used), "rest", "total GiB"]
@@ -69,7 +69,7 @@ def ledger_table(records: Sequence[RunRecord], phase: StepPhase) -> str:
     return "\n\n".join([columns.common, markdown_table(headers, cells), note])
 
 
-class _Columns:
+class StudyColumns:
     """Columns of settings that differ, and one line of what does not."""
 
     def __init__(self, records: Sequence[RunRecord], as_overrides: bool = False) -> None:
