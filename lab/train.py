@@ -53,6 +53,8 @@ def run(cfg: RunConfig, command: list[str]) -> int:
     from lab.transforms.attention_probe import check_attention
     from lab.vocab import RunStatus
 
+    if cfg.engine.kind == "hf_trainer":
+        raise ConfigError("engine", "hf_trainer", "measured in your own Trainer by lab.integrations.MemoryCallback")
     wait_for_turn(lambda: get_ready(cfg))
     check_hf_model(cfg)
     place = find_place(cfg)

@@ -28,7 +28,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
         "lion_8bit",
     ),
     "optimizer.implementation": ("foreach", "fused", "for_loop"),
-    "engine.kind": ("native", "accelerate"),
+    "engine.kind": ("native", "accelerate", "hf_trainer"),
     "measure.level": ("off", "counters", "ledger", "snapshot"),
     "tracker.kind": ("wandb", "none"),
     "tracker.mode": ("auto", "offline", "online"),
@@ -37,6 +37,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 _POSITIVE = [
     "world_size",
+    "engine.batch_tensors",
     "model.num_layers",
     "model.hidden_size",
     "model.intermediate_size",
@@ -84,6 +85,7 @@ _CHOSEN_BY_GROUP = {
     "attention": "backend",
     "loss": "kind",
     "optimizer": "kind",
+    "engine": "kind",
     "measure": "level",
     "quantization": "kind",
     "adapter": "kind",

@@ -70,6 +70,8 @@ def _memory_limit(cfg: RunConfig, gib: float) -> None:
 
 def _data(cfg: RunConfig) -> None:
     d = cfg.data
+    if cfg.engine.kind == "hf_trainer":
+        return  # its data are the Trainer's own
     if d.tokenizer_vocab_size > cfg.model.vocab_size:
         raise ConfigError(
             "data.tokenizer_vocab_size", d.tokenizer_vocab_size, f"at most model.vocab_size={cfg.model.vocab_size}"

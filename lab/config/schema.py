@@ -176,8 +176,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    kind: str = "native"  # native | accelerate
+    kind: str = "native"  # native | accelerate | hf_trainer (predicted here, run by transformers.Trainer)
     accelerate_config: str | None = None  # kind=accelerate: a config file of `accelerate launch`
+    batch_tensors: int = 3  # kind=hf_trainer: int64 [b, s] tensors of one batch (input_ids, attention_mask, labels)
+    attention_mask: bool = True  # kind=hf_trainer: one of them is a mask, without padding
 
 
 @dataclass(frozen=True)

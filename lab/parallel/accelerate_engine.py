@@ -17,7 +17,7 @@ What Accelerate 1.15 does that the native engines do not (accelerator.py unless 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -269,3 +269,35 @@ def import_engine(cfg: RunConfig) -> Any:
     import accelerate  # noqa: F401
 
     return ENGINES[cfg.parallel.strategy]
+
+
+@contextmanager
+def watched_backward(before: Callable[[], None], after: Callable[[bool], None]) -> Iterator[None]:
+    """``before()`` and ``after(sync_gradients)`` around every ``Accelerator.backward`` of this process.
+
+    A Trainer's callbacks get no Accelerator, so its class is what can be told. ``after`` is not called on an error.
+    """
+    from accelerate import Accelerator
+
+    original = Accelerator.backward
+
+    def backward(accelerator: Any, loss: Tensor, **kwargs: Any) -> None:
+        before()
+        original(accelerator, loss, **kwargs)
+        after(accelerator.sync_gradients)
+
+    Accelerator.backward = backward
+    try:
+        yield
+    finally:
+        Accelerator.backward = original
+
+
+def applied_state() -> tuple[str, dict[str, Any], int]:
+    """(distributed_type, DeepSpeed's configuration, FSDP's version) of this process's Accelerator."""
+    from accelerate.state import AcceleratorState
+
+    state = AcceleratorState()
+    kind = str(state.distributed_type.value)
+    deepspeed = dict(state.deepspeed_plugin.deepspeed_config) if kind == "DEEPSPEED" else {}
+    return kind, deepspeed, state.fsdp_plugin.fsdp_version if kind == "FSDP" else 0

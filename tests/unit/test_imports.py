@@ -28,7 +28,7 @@ LEVELS: list[list[set[str]]] = [
     [{"compare", "block_diff"}],
     [{"track", "report"}],
     [{"launch", "run_state", "faults"}],
-    [{"train", "cli"}],
+    [{"train", "cli"}, {"integrations"}],
 ]
 PLACE = {
     room: (level, group) for level, sets in enumerate(LEVELS) for group, rooms in enumerate(sets) for room in rooms

@@ -1,0 +1,163 @@
+"""A Trainer's model and arguments -> the lab's settings: what is predicted, and what is only assumed.
+
+Names are those of transformers' TrainingArguments (5.17 to 5.23). Nothing here imports torch or transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lab.config.plain import read_option
+
+_STRATEGIES = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp"}
+_OPTIMIZERS = {  # TrainingArguments.optim -> (optimizer, implementation; None: torch's own choice for the device)
+    "adamw_torch": ("adamw", None),
+    "adamw_torch_fused": ("adamw", "fused"),
+    "sgd": ("sgd", None),
+    "adamw_bnb_8bit": ("adamw_8bit", "fused"),
+    "adamw_8bit": ("adamw_8bit", "fused"),
+    "paged_adamw_8bit": ("paged_adamw_8bit", "fused"),
+    "paged_adamw": ("paged_adamw_32bit", "fused"),
+    "paged_adamw_32bit": ("paged_adamw_32bit", "fused"),
+    "lion_8bit": ("lion_8bit", "fused"),
+}
+_ATTENTION = {"sdpa": "auto", "eager": "eager"}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the arguments alone do not say: read off the model, the Accelerator and the first batch."""
+
+    device_type: str  # cpu | cuda
+    world_size: int
+    max_steps: int
+    seq_len: int
+    batch_keys: tuple[str, ...] = ("attention_mask", "input_ids", "labels")  # int64 [b, s] tensors of a batch
+    distributed_type: str = "NO"  # Accelerate's name for what it applied
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)  # DeepSpeed's configuration as applied
+    parameter_dtype: str = "float32"
+    attention: str = "sdpa"  # config._attn_implementation
+    adapted: bool = False  # a peft model
+    quantized: bool = False  # weights that are not floating point
+    padded: bool = False  # the first batch's attention_mask has zeros
+
+
+@dataclass
+class Settings:
+    """Overrides of a run; ``assumed``: taken for granted; ``missing``: why there can be no prediction."""
+
+    overrides: list[str]
+    assumed: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+def trainer_settings(args: Any, facts: Facts, model_path: str, name: str, output_dir: str) -> Settings:
+    """TrainingArguments (or anything with its attributes) and facts -> the settings of the run that is predicted.
+
+    ``model_path``: the model's config.json. Raises nothing: what cannot be predicted is in ``missing``.
+    """
+    out = Settings(
+        [
+            *("engine=hf_trainer", "model=hf", f'model.path="{model_path}"', "model.random_weights=true"),
+            *(f"name={name}", f'launch.output_dir="{output_dir}"', f"world_size={facts.world_size}", "tracker=none"),
+            *(f"train.micro_batch_size={args.per_device_train_batch_size}", f"train.seq_len={facts.seq_len}"),
+            f"train.gradient_accumulation_steps={args.gradient_accumulation_steps}",
+            f"train.steps={facts.max_steps}",
+            f"train.max_grad_norm={args.max_grad_norm if args.max_grad_norm else 'null'}",
+            f"engine.batch_tensors={len(facts.batch_keys)}",
+            f"engine.attention_mask={'true' if 'attention_mask' in facts.batch_keys else 'false'}",
+        ]
+    )
+    if facts.device_type == "cpu":
+        out.overrides.append("hardware=cpu")
+    strategy = _strategy(facts, out)
+    _precision(args, facts, strategy, out)
+    _optimizer(args, facts, strategy, out)
+    _model(args, facts, out)
+    return out
+
+
+def _strategy(facts: Facts, out: Settings) -> str:
+    """The parallel option, with DeepSpeed's sizes where they are numbers."""
+    stage = facts.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    strategy = f"zero{stage}" if facts.distributed_type == "DEEPSPEED" and stage else "fsdp"
+    strategy = _STRATEGIES.get(facts.distributed_type, strategy)
+    out.overrides.append(f"parallel={strategy}")
+    if strategy == "fsdp":
+        out.missing.append(f"{facts.distributed_type} through a Trainer is not modelled")
+    if strategy.startswith("zero"):
+        zero = facts.deepspeed["zero_optimization"]
+        for key in ("offload_optimizer", "offload_param"):
+            if (zero.get(key) or {}).get("device", "none") != "none":
+                out.missing.append(f"DeepSpeed's {key} is not modelled")
+        known = read_option("parallel", strategy)["zero"]
+        for key, value in zero.items():
+            if key in known and isinstance(value, (bool, int, float)):
+                out.overrides.append(f"parallel.zero.{key}={str(value).lower()}")
+        if "optimizer" in facts.deepspeed:
+            out.missing.append("an optimizer that DeepSpeed makes from its own configuration is not modelled")
+    return strategy
+
+
+def _precision(args: Any, facts: Facts, strategy: str, out: Settings) -> None:
+    """bf16/fp16 arguments over fp32 parameters are mixed precision; half parameters are taken as pure."""
+    half = facts.parameter_dtype in ("bfloat16", "float16")
+    if strategy.startswith("zero"):
+        sections = {k: (facts.deepspeed.get(k) or {}).get("enabled") for k in ("bf16", "fp16")}
+        kind = next((f"{k}_mixed" for k, on in sections.items() if on), "fp32")
+    elif half:
+        kind = "bf16_pure"
+        if args.bf16 or args.fp16:
+            out.assumed.append(f"autocast over {facts.parameter_dtype} parameters casts nothing that is kept")
+        if facts.parameter_dtype == "float16":
+            out.assumed.append("float16 parameters take the memory of bfloat16 ones")
+    else:
+        kind = "bf16_mixed" if args.bf16 else "fp16_mixed" if args.fp16 else "fp32"
+    out.overrides.append(f"precision={kind}")
+
+
+def _optimizer(args: Any, facts: Facts, strategy: str, out: Settings) -> None:
+    given = str(getattr(args.optim, "value", args.optim))
+    if given not in _OPTIMIZERS:
+        out.missing.append(f"optim={given} is not modelled")
+        return
+    kind, implementation = _OPTIMIZERS[given]
+    if implementation is None:  # torch/optim/optimizer.py, _default_to_fused_or_foreach: foreach on GPUs only
+        implementation = "foreach" if facts.device_type == "cuda" else "for_loop"
+    if implementation == "foreach":
+        out.assumed.append("foreach steps over all parameters at once; the Trainer's two groups go one after the other")
+    out.overrides += [f"optimizer={kind}", f"optimizer.implementation={implementation}"]
+    out.overrides.append(f"optimizer.weight_decay={args.weight_decay}")
+
+
+def _model(args: Any, facts: Facts, out: Settings) -> None:
+    """Checkpointing, attention, and everything that changes the model or its loss."""
+    # 5.23 calls activation_checkpointing what 5.17 calls gradient_checkpointing.
+    checkpointed, options = (
+        getattr(args, f"activation_{name}", None) or getattr(args, f"gradient_{name}", None)
+        for name in ("checkpointing", "checkpointing_kwargs")
+    )
+    out.overrides.append(f"checkpointing={'full' if checkpointed else 'none'}")
+    if checkpointed and (options or {}).get("use_reentrant"):
+        out.missing.append("reentrant checkpointing is not modelled: use_reentrant=False is")
+    if facts.attention in _ATTENTION:
+        out.overrides.append(f"attention={_ATTENTION[facts.attention]}")
+    else:
+        out.missing.append(f"attn_implementation={facts.attention} is not modelled")
+    if facts.padded:
+        out.assumed.append("batches without padding: the attention mask [b, 1, s, s] of padded ones is left out")
+    if facts.adapted:
+        out.missing.append("the adapters of a peft model are not read off the model")
+    if facts.quantized:
+        out.missing.append("quantized weights are not read off the model")
+    for name, neutral in (("label_smoothing_factor", 0.0), ("torch_compile", False), ("use_liger_kernel", False)):
+        if getattr(args, name, neutral) != neutral:
+            out.missing.append(f"{name}={getattr(args, name)} is not modelled")
+    if getattr(args, "neftune_noise_alpha", None):
+        out.missing.append("neftune_noise_alpha is not modelled")
+    if getattr(args, "n_gpu", 1) > 1:
+        out.missing.append(
+            "one process with several GPUs (torch.nn.DataParallel) is not modelled; start it by torchrun"
+        )

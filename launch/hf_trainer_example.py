@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+"""MemoryCallback in a transformers.Trainer run: a small random model, a text made on the spot, no download.
+
+    python launch/hf_trainer_example.py
+    torchrun --standalone --nproc-per-node 2 launch/hf_trainer_example.py --checkpointing --layers 16 --hidden 2048
+
+The record appears under outputs/hf_trainer; `lab compare outputs/hf_trainer` shows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from lab.integrations import MemoryCallback
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in [("layers", 2), ("hidden", 64), ("heads", 4), ("vocab", 256), ("batch", 2), ("seq", 64)]:
+        parser.add_argument(f"--{name}", type=int, default=value)
+    for name, value in [("steps", 4), ("accumulation", 1)]:
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("--weights", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--optim", default="adamw_torch_fused")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--name", default="hf_trainer", help="folder of the record under outputs/")
+    return parser.parse_args()
+
+
+def sequences(count: int, length: int) -> list[dict[str, list[int]]]:
+    """Bytes of a text, cut into sequences of one length."""
+    text = " ".join(f"{i} times {i} is {i * i}." for i in range(count * length // 8)).encode()
+    parts = [list(text[i * length : (i + 1) * length]) for i in range(count)]
+    return [{"input_ids": part, "attention_mask": [1] * length, "labels": part} for part in parts]
+
+
+def main() -> None:
+    options = parse()
+    config = LlamaConfig(
+        vocab_size=options.vocab,
+        hidden_size=options.hidden,
+        intermediate_size=options.hidden * 11 // 4,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.heads,
+        max_position_embeddings=max(options.seq, 128),
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(getattr(torch, options.weights))
+    arguments = TrainingArguments(
+        output_dir="outputs/hf_trainer_checkpoints",
+        per_device_train_batch_size=options.batch,
+        gradient_accumulation_steps=options.accumulation,
+        max_steps=options.steps,
+        bf16=options.precision == "bf16",
+        **({"gradient_checkpointing": True} if options.checkpointing else {}),
+        optim=options.optim,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
+    )
+    data = sequences(options.batch * options.accumulation * options.steps * 8, options.seq)
+    Trainer(model, arguments, train_dataset=data, callbacks=[MemoryCallback(name=options.name)]).train()
+
+
+if __name__ == "__main__":
+    main()
