@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 
 from lab.config import RunConfig
+from lab.config.device import gpu_is_shared
 from lab.record import RankMeasurement, RunMetrics
 
 
@@ -30,6 +31,7 @@ def run_metrics(
     """Median time of rank 0's steady steps (from the third; measure=off: the wall's mean), mean loss over ranks."""
     seconds = [s.seconds for s in ranks[0].steps if s.phases] if ranks else []
     step_seconds = statistics.median(seconds[2:] or seconds[-1:]) if seconds else wall_step_seconds
+    step_seconds = None if gpu_is_shared() else step_seconds
     tokens_per_second = cfg.tokens_per_step / step_seconds if step_seconds else None
     return RunMetrics(
         first_loss=_mean_loss(ranks, 0),

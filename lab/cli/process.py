@@ -19,7 +19,7 @@ GRACE_S = 20.0  # seconds between SIGTERM and SIGKILL: time for rank 0 to write 
 LINGER_S = 120.0  # seconds a process may live on after its record is complete (a hang at interpreter shutdown)
 _LAUNCHER_VARIABLES = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|ROLE_\w+|MASTER_\w+|TORCHELASTIC_\w+"
-    r"|TORCH_NCCL_ASYNC_ERROR_HANDLING|LAB_RUN_ID|LAB_TURN_FILE)$"
+    r"|TORCH_NCCL_ASYNC_ERROR_HANDLING|LAB_RUN_ID|LAB_TURN_FILE|LAB_SHARED_GPU)$"
 )
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

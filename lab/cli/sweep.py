@@ -18,12 +18,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from lab.analytic import predict
+from lab.analytic.hardware import outside_allocator_bytes
 from lab.cli.arguments import Parser
 from lab.cli.points import Point, identity, invalid_identity, study_points
 from lab.cli.process import Launch, clean_environment, threads, torchrun_command
 from lab.compare import comparison_row
 from lab.config import ConfigError, RunConfig, compose_config, run_config_from_json
-from lab.config.device import visible_gpu_names
+from lab.config.device import SHARED_GPU_VARIABLE, visible_gpu_names
 from lab.record import RunRecord
 from lab.report.table import run_table
 from lab.track import RunFolder, environment, fault_of, new_run_id, recover_record
@@ -68,16 +70,26 @@ def run(argv: Sequence[str]) -> int:
         action="store_true",
         help="on GPUs: start each point's processes while the one before still runs; they import, then wait",
     )
+    parser.add_argument(
+        "--share",
+        type=int,
+        default=1,
+        metavar="N",
+        help="up to N points on one GPU, as far as their predictions fit it: for memory, not for device use and speed",
+    )
     arguments = parser.parse(argv)
-    if arguments.jobs < 1:
-        raise ConfigError("--jobs", arguments.jobs, "1 or more")
+    for name in ("jobs", "share"):
+        if (count := getattr(arguments, name)) < 1:
+            raise ConfigError(f"--{name}", count, "1 or more")
+    if arguments.share > 1 and arguments.ahead:
+        raise ConfigError("--share", arguments.share, "not with --ahead: a GPU that is shared is not waited for")
     drop_launcher_variables()
     points = study_points(arguments.overrides)
     valid = [p for p in points if p.cfg is not None]
     if not valid:  # one mistake in what all points share, not many invalid points
         raise ConfigError(*reason_parts(points))
     signal.signal(signal.SIGTERM, interrupt)
-    return Sweep(points, arguments.jobs, arguments.retry_failed, arguments.ahead).run()
+    return Sweep(points, arguments.jobs, arguments.retry_failed, arguments.ahead, arguments.share).run()
 
 
 def reason_parts(points: Sequence[Point]) -> tuple[str, str, str]:
@@ -121,6 +133,7 @@ class Sweep:
         again = (*_RUN_AGAIN, *(_FAILED if retry_failed else ()))
         self.done = {i for i, (_, r) in self.recorded.items() if r.status not in again}
         self.running: list[_Running] = []
+        self.needs: dict[str, int] = {}  # identity -> predicted bytes of device use, where points share a GPU
         self.finished = 0
         self.ran = 0
 
@@ -172,6 +185,7 @@ class Sweep:
                 # The ones with the fewest users first; one that has a run waiting for it takes no second.
                 users = Counter(gpu for r in self.running if r.turn is None for gpu in r.gpus)
                 full = self._gpus(waiting=True) if self.ahead else {g for g in users if users[g] >= self.share}
+                full |= {g for g in users if not self._fits_beside(point, g)}
                 free = sorted((g for g in every_gpu if g not in full), key=lambda g: users[g])
                 if self.running and needed > len(free):
                     break
@@ -182,6 +196,18 @@ class Sweep:
     def _may_start(self) -> bool:
         """Fewer than ``jobs`` runs at a time, and with ``ahead`` as many again that wait for their turn."""
         return len(self.running) < self.jobs * (2 if self.ahead else 1)
+
+    def _fits_beside(self, point: Point, gpu: str) -> bool:
+        """Whether the predicted device use of the runs on a GPU leaves room for one more point."""
+        others = [r.point for r in self.running if gpu in r.gpus]
+        if not others or self.share == 1 or point.cfg is None:
+            return True
+        for p in (point, *others):
+            if p.cfg is not None and p.identity not in self.needs:
+                limit = p.cfg.memory_limit_bytes  # a run that ends at it was there, whatever its steady state needs
+                asked = limit + outside_allocator_bytes(p.cfg) if limit else 0
+                self.needs[p.identity] = asked or predict(p.cfg).steady.device_used_bytes
+        return sum(self.needs[p.identity] for p in (point, *others)) <= point.cfg.hardware.capacity_bytes
 
     def _gpus(self, waiting: bool) -> set[str]:
         """GPUs of the runs that wait for them, or of those that use them."""
@@ -194,6 +220,8 @@ class Sweep:
         turn = None
         if gpus:
             extra["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        if gpus and self.share > 1:
+            extra[SHARED_GPU_VARIABLE] = "1"
         if gpus and self.ahead:
             turn = folder.path / "turn"
             extra[TURN_VARIABLE] = str(turn.absolute())

@@ -9,6 +9,8 @@ from typing import Any
 from lab.config.known import options
 from lab.config.plain import read_option
 
+SHARED_GPU_VARIABLE = "LAB_SHARED_GPU"  # set by `lab sweep --share`: other runs are on this GPU at the same time
+
 
 def hardware_row() -> dict[str, Any]:
     """The row of ``configs/hardware`` that ``hardware=auto`` stands for on this machine."""
@@ -19,6 +21,11 @@ def hardware_row() -> dict[str, Any]:
         if (row := read_option("hardware", name)).get("gpu_name") == gpus[0]:
             return row
     return {**read_option("hardware", "unknown_gpu"), "gpu_name": gpus[0]}
+
+
+def gpu_is_shared() -> bool:
+    """Then NVML's device use and all times are not this run's alone; PyTorch's own counters are."""
+    return bool(os.environ.get(SHARED_GPU_VARIABLE))
 
 
 def visible_gpu_names() -> list[str]:

@@ -7,6 +7,8 @@ from typing import Any
 import psutil
 import torch
 
+from lab.config.device import gpu_is_shared
+
 
 class DeviceUse:
     """Bytes in use on one GPU, all processes and the driver together; None where nothing can tell."""
@@ -17,6 +19,9 @@ class DeviceUse:
         self._nvml: Any = None
         self._index: int | None = None
         if device.type != "cuda":
+            return
+        if gpu_is_shared():
+            self.notes.append("lab sweep --share: other runs were on this GPU, so device use and speed are left out")
             return
         self._index = torch.cuda.current_device() if device.index is None else device.index
         try:
