@@ -18,14 +18,12 @@ def check_hf(cfg: RunConfig) -> None:
     if find_spec("transformers") is None:
         raise ConfigError("model", "hf", "needs the transformers library: pip install transformers")
     if cfg.loss.kind != "cross_entropy":
-        raise ConfigError(
-            "loss.kind", cfg.loss.kind, "with model=hf the model's own loss is used: loss=cross_entropy"
-        )
-    if cfg.checkpointing.kind not in (Checkpointing.NONE, Checkpointing.FULL):
+        raise ConfigError("loss.kind", cfg.loss.kind, "with model=hf the model's own loss is used: loss=cross_entropy")
+    if cfg.checkpointing.kind is Checkpointing.SELECTIVE:
         raise ConfigError(
             "checkpointing",
-            cfg.checkpointing.kind.value,
-            "with model=hf transformers' gradient checkpointing is used, every block or none: full or none",
+            "selective",
+            "transformers checkpoints whole blocks: use full, every_k or none with model=hf",
         )
     for name, value in [
         ("dropout", model.dropout),

@@ -152,7 +152,7 @@ def check_hf_model(cfg: RunConfig) -> None:
 
 
 def _enable_checkpointing(cfg: RunConfig, hf: Any) -> None:
-    """gradient_checkpointing_enable, non-reentrant. The rules let only checkpointing=none and full through."""
+    """gradient_checkpointing_enable, non-reentrant, of all blocks or of blocks 0, k, 2k, ...; the rules refuse others."""
     if cfg.checkpointing.kind is Checkpointing.NONE:
         return
     if not getattr(hf, "supports_gradient_checkpointing", False):
@@ -160,7 +160,8 @@ def _enable_checkpointing(cfg: RunConfig, hf: Any) -> None:
             "checkpointing", cfg.checkpointing.kind.value, f"{type(hf).__name__} of transformers offers none"
         )
     enable = getattr(hf, "activation_checkpointing_enable", None) or hf.gradient_checkpointing_enable  # 5.23 renamed it
-    enable({"use_reentrant": False, "preserve_rng_state": _draws_masks(cfg.model)})
+    every = cfg.checkpointing.every_k if cfg.checkpointing.kind is Checkpointing.EVERY_K else 1
+    enable({"use_reentrant": False, "preserve_rng_state": _draws_masks(cfg.model)}, every_n_layers=every)
 
 
 def _draws_masks(model: ModelConfig) -> bool:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
+from lab.analytic.attention import autocast_attention, contiguous
 from lab.analytic.checkpoint import checkpoint
 from lab.analytic.decoder import Decoder
+from lab.analytic.families.eager import eager_attention, make_mask
 from lab.analytic.families.inventory import PREFIX, blocks_prefix, embedding_module
 from lab.analytic.families.pieces import causal_lm_loss
 from lab.analytic.tape import BF16, BOOL, FP32, INT64, Tape, Tensor
 from lab.config import RunConfig
-from lab.vocab import MemoryCategory, Precision
+from lab.vocab import AttentionBackend, MemoryCategory, Precision
 
 
 class HFDecoder(Decoder):
@@ -37,21 +40,34 @@ class HFDecoder(Decoder):
         packed = ops.new(b * s, INT64, "packed sequence indices")
         del unequal, difference, packed
 
-    def _hf_blocks(self, x: Tensor, *extra: Tensor) -> Tensor:
-        """All blocks. ``extra`` (rotary tables) reach them as keyword arguments."""
+    def _mask(self, size: int) -> Tensor | None:
+        """masking_utils.create_causal_mask: None for SDPA, which is told that it is causal."""
+        self._check_packed()
+        return make_mask(self.ops, self.shape, size) if self.backend is AttentionBackend.EAGER else None
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gpt2: bool) -> tuple[Tensor, Tensor | None]:
+        """attention_interface(...): the output and, from eager attention, the weights."""
+        dropout = self.cfg.model.dropout
+        if mask is not None:
+            return eager_attention(self.ops, q, k, v, mask, self.shape, dropout, gpt2)
+        y = autocast_attention(self.ops, q, k, v, self.shape, self.backend, dropout)
+        return contiguous(self.ops, y, self.backend), None
+
+    def _hf_blocks(self, x: Tensor, *extra: Tensor | None) -> Tensor:
+        """All blocks. ``extra`` (position ids, mask, rotary tables) reach them as keyword arguments."""
         hooks, prefix = self.hooks, blocks_prefix(self.cfg.model)
         for i in range(self.cfg.model.num_layers):
             run = partial(self.layer, i, *extra)
             x = hooks.wrap_input(i, x)
             hooks.pre_forward(i)
             y = hooks.enter(f"{prefix}.{i}", x)
-            y = checkpoint(self.ops, run, y, selective=False) if self._checkpointed(i) else run(y)
+            y = checkpoint(self.ops, run, y, selective=False) if self.checkpointed(i) else run(y)
             x = hooks.leave(f"{prefix}.{i}", y)
             del y
             x = hooks.post_forward(i, x)
         return x
 
-    def layer(self, i: int, *extra_and_input: Tensor) -> Tensor:
+    def layer(self, i: int, *arguments: Any) -> Tensor:
         """Block i: the extras, then its input."""
         raise NotImplementedError
 

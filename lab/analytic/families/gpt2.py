@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lab.analytic.attention import autocast_attention, contiguous
+from typing import Any
+
 from lab.analytic.families.base import HFDecoder
 from lab.analytic.families.inventory import PREFIX, blocks_prefix, embedding_module
 from lab.analytic.families.pieces import conv1d, gelu_new
@@ -34,38 +35,41 @@ class GPT2(HFDecoder):
         positions = self._positions()
         position = self._embedding(f"{name}.wpe", self.cfg.train.seq_len, positions)
         x = self.ops.add(embedded, position, "embedding sum", broadcast=True)
-        self._check_packed()
+        mask = self._mask(embedded.itemsize)
         x = self._drop(x, f"{name}.drop", "embedding dropout", hf.embedding_dropout)
-        x = self._hf_blocks(x)
+        x = self._hf_blocks(x, mask)
         x = self._layer_norm(x, f"{name}.ln_f")
-        del embedded, position, positions  # local variables of GPT2Model.forward
+        del embedded, position, positions, mask  # local variables of GPT2Model.forward
         return self.hooks.leave(name, x)
 
-    def layer(self, i: int, *extra_and_input: Tensor) -> Tensor:
-        (x,) = extra_and_input
+    def layer(self, i: int, *arguments: Any) -> Tensor:
+        mask, x = arguments
         b = f"{blocks_prefix(self.cfg.model)}.{i}"
         y = self._layer_norm(x, f"{b}.ln_1")
-        attended = self._attended(y, f"{b}.attn")
+        attended, weights = self._attended(y, mask, f"{b}.attn")
         y = self.ops.add(attended, x, "residual")
-        del extra_and_input
+        del arguments
         x = y
         y = self._layer_norm(x, f"{b}.ln_2")
         fed = self._fed_forward(y, f"{b}.mlp")
-        return self.ops.add(x, fed, "residual")
+        out = self.ops.add(x, fed, "residual")
+        del attended, weights, fed  # local variables of GPT2Block.forward
+        return out
 
-    def _attended(self, x: Tensor, prefix: str) -> Tensor:
+    def _attended(self, x: Tensor, mask: Tensor | None, prefix: str) -> tuple[Tensor, Tensor | None]:
         x = self.hooks.enter(prefix, x)
-        return self.hooks.leave(prefix, self._attended_forward(x, prefix))
+        y, weights = self._attended_forward(x, mask, prefix)
+        return self.hooks.leave(prefix, y), weights
 
-    def _attended_forward(self, x: Tensor, prefix: str) -> Tensor:
+    def _attended_forward(self, x: Tensor, mask: Tensor | None, prefix: str) -> tuple[Tensor, Tensor | None]:
         ops, a = self.ops, self.shape
         qkv = self._conv1d(x, f"{prefix}.c_attn", "query, key and value")
         q, k, v = ops.split(qkv, [a.q_numel, a.kv_numel, a.kv_numel], "query, key and value gradient")
         del qkv
-        y = autocast_attention(ops, q, k, v, a, self.backend, self.cfg.model.dropout)
-        y = contiguous(ops, y, self.backend)
+        y, weights = self._attend(q, k, v, mask, gpt2=True)
         y = self._conv1d(y, f"{prefix}.c_proj", "attention projection")
-        return self._drop(y, f"{prefix}.resid_dropout", "residual dropout", self.cfg.model.hf.residual_dropout)
+        y = self._drop(y, f"{prefix}.resid_dropout", "residual dropout", self.cfg.model.hf.residual_dropout)
+        return y, weights
 
     def _fed_forward(self, x: Tensor, prefix: str) -> Tensor:
         x = self.hooks.enter(prefix, x)

@@ -5,7 +5,8 @@ Qwen3 adds a norm per head on query and key; Gemma scales the embedding, normali
 
 from __future__ import annotations
 
-from lab.analytic.attention import autocast_attention, contiguous
+from typing import Any
+
 from lab.analytic.families.base import HFDecoder
 from lab.analytic.families.inventory import PREFIX, blocks_prefix, embedding_module
 from lab.analytic.families.pieces import apply_rotary, gelu_new, gemma_rmsnorm, reshaped, rmsnorm, times_constant
@@ -26,12 +27,12 @@ class Llama(HFDecoder):
         self.hooks.enter_source(name)
         x = self._embed()
         positions = self._positions()
-        self._check_packed()
+        mask = self._mask(x.itemsize)
         self.hooks.enter_source(f"{name}.rotary_emb")
         cos, sin = self._rotary(x.itemsize)
-        y = self._hf_blocks(x, positions, cos, sin)
+        y = self._hf_blocks(x, positions, mask, cos, sin)
         y = self._rms(y, f"{name}.norm", self.rows)
-        del positions, cos, sin, x
+        del positions, mask, cos, sin, x
         return self.hooks.leave(name, y)
 
     def _embed(self) -> Tensor:
@@ -64,22 +65,29 @@ class Llama(HFDecoder):
         del freqs, angles, cos, sin
         return narrow
 
-    def layer(self, i: int, *extra_and_input: Tensor) -> Tensor:
-        _, cos, sin, x = extra_and_input
+    def layer(self, i: int, *arguments: Any) -> Tensor:
+        _, mask, cos, sin, x = arguments
         b = f"{blocks_prefix(self.cfg.model)}.{i}"
         y = self._rms(x, f"{b}.input_layernorm", self.rows)
-        y = self._self_attention(y, cos, sin, f"{b}.self_attn")
+        y, weights = self._self_attention(y, mask, cos, sin, f"{b}.self_attn")
         x = self.ops.add(x, y, "residual")
-        del extra_and_input, y
+        del arguments, y
         y = self._rms(x, f"{b}.post_attention_layernorm", self.rows)
         y = self._hf_mlp(y, f"{b}.mlp")
-        return self.ops.add(x, y, "residual")
+        out = self.ops.add(x, y, "residual")
+        del weights  # the layer's `_`
+        return out
 
-    def _self_attention(self, x: Tensor, cos: Tensor, sin: Tensor, prefix: str) -> Tensor:
+    def _self_attention(
+        self, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor, prefix: str
+    ) -> tuple[Tensor, Tensor | None]:
         self.hooks.enter_source(prefix)
-        return self.hooks.leave(prefix, self._self_attention_forward(x, cos, sin, prefix))
+        y, weights = self._self_attention_forward(x, mask, cos, sin, prefix)
+        return self.hooks.leave(prefix, y), weights
 
-    def _self_attention_forward(self, x: Tensor, cos: Tensor, sin: Tensor, prefix: str) -> Tensor:
+    def _self_attention_forward(
+        self, x: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor, prefix: str
+    ) -> tuple[Tensor, Tensor | None]:
         ops, a = self.ops, self.shape
         q = self._head_projection(x, f"{prefix}.q_proj", "query", a.n)
         k = self._head_projection(x, f"{prefix}.k_proj", "key", a.k)
@@ -87,9 +95,8 @@ class Llama(HFDecoder):
         turned = apply_rotary(ops, q, cos, sin, "query"), apply_rotary(ops, k, cos, sin, "key")
         q, k = turned
         del turned
-        y = autocast_attention(ops, q, k, v, a, self.backend, self.cfg.model.dropout)
-        y = contiguous(ops, y, self.backend)
-        return self._linear(y, f"{prefix}.o_proj", "attention projection")
+        y, weights = self._attend(q, k, v, mask, gpt2=False)
+        return self._linear(y, f"{prefix}.o_proj", "attention projection"), weights
 
     def _head_projection(self, x: Tensor, name: str, label: str, heads: int) -> Tensor:
         y = self._linear(x, name, label)

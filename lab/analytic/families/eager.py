@@ -1,0 +1,77 @@
+"""transformers' eager_attention_forward and the additive mask it takes (masking_utils.eager_mask)."""
+
+from __future__ import annotations
+
+from lab.analytic.attention import AttentionShape, _copy, _matmul, _softmax, repeat_kv
+from lab.analytic.ops import Ops
+from lab.analytic.tape import BOOL, FP32, INT64, Tensor
+
+
+def make_mask(ops: Ops, a: AttentionShape, size: int) -> Tensor:
+    """[b, 1, s, s] in the hidden states' type: 0 where a token may look, the type's minimum elsewhere."""
+    held = [ops.new(a.b, INT64, "mask indices"), ops.new(1, INT64, "mask indices")]
+    for _ in range(2):
+        plain = ops.new(a.s, INT64, "mask indices")
+        held.append(ops.new(a.s, INT64, "mask indices"))
+        del plain
+    allowed = ops.new(a.s * a.s, BOOL, "causal mask")
+    del held
+    zero = ops.new(1, size, "mask zero")
+    mask = ops.new(a.b * a.s * a.s, size, "additive causal mask")
+    del zero, allowed
+    return mask
+
+
+def eager_attention(
+    ops: Ops, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, a: AttentionShape, dropout: float, gpt2: bool
+) -> tuple[Tensor, Tensor]:
+    """(output [b, s, n, d], weights [b, n, s, s]): product, scale, plus mask, fp32 softmax, back to a narrower type.
+
+    GPT-2 takes the softmax in its input's type (autocast: fp32) and goes back to the value's type, the others to the
+    query's, which is fp32 under autocast.
+    """
+    query_size, value_size = q.itemsize, v.itemsize
+    if a.n != a.k:
+        repeat = _expanded if a.k == 1 else repeat_kv
+        k, v = repeat(ops, k, a, "key"), repeat(ops, v, a, "value")
+    weights = _heads_product(ops, q, k, a.weights_numel, "attention scores", a)
+    weights = ops._unary(weights, "scaled scores", False, "scaled scores gradient")
+    weights = ops.add(weights, mask, "masked scores", broadcast=True)
+    if not gpt2 or ops.amp is not None:
+        wide = ops.cast(weights, FP32, "scores, fp32")
+    else:
+        wide = weights
+    soft = _softmax(ops, wide, "attention weights")
+    del wide, weights
+    weights = ops.cast(soft, value_size if gpt2 else query_size, "attention weights")
+    del soft
+    if dropout:
+        weights = ops.dropout(weights, "attention dropout")
+    out = _heads_product(ops, weights, v, a.q_numel, "attention output", a, whole_x=True)
+    return _copy(ops, out, "attention output"), weights
+
+
+def _expanded(ops: Ops, x: Tensor, a: AttentionShape, label: str) -> Tensor:
+    """repeat_kv of a single head: a view without a copy; backward sums the query heads' gradients."""
+    kv, size, tape = a.kv_numel, x.itemsize, ops.tape
+    return x.view(a.q_numel, tape.node([x], lambda _: [tape.new(kv, size, label + " summed gradient")]))
+
+
+def _heads_product(
+    ops: Ops, x: Tensor, y: Tensor, numel: int, label: str, a: AttentionShape, whole_x: bool = False
+) -> Tensor:
+    """torch.matmul over [b, n, ...]: heads that lie across tokens are copied, unless there is one sequence.
+
+    Repeated heads lie side by side; a single expanded head is copied unless a cast has just done it.
+    """
+    given = y.storage
+    if ops.amp is not None:  # the arguments of a C++ call, from the last to the first
+        y = ops.cast(y, ops.amp, label + ", autocast copy")
+        x = ops.cast(x, ops.amp, label + ", autocast copy")
+    expanded = a.k == 1 < a.n and y.storage is given
+    del given
+    if not whole_x and a.b > 1:
+        x = _copy(ops, x, label + " operand")
+    if expanded or (a.n == a.k and a.b > 1):
+        y = _copy(ops, y, label + " operand")
+    return _matmul(ops, x, y, numel, label, grad_copy=numel if whole_x else 0)

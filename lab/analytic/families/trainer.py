@@ -1,0 +1,53 @@
+"""Hugging Face models as transformers.Trainer calls them: outputs kept, logits upcast, the loss over counted items.
+
+Source: transformers 5.23 trainer.py (compute_loss, training_step), loss/loss_utils.py (fixed_cross_entropy),
+masking_utils.py (_preprocess_mask_arguments, _ignore_causal_mask_sdpa); accelerate utils/operations.py
+(convert_outputs_to_fp32, around the model's forward in mixed precision).
+"""
+
+from __future__ import annotations
+
+from lab.analytic.families.base import HFDecoder
+from lab.analytic.families.gpt2 import GPT2
+from lab.analytic.families.inventory import PREFIX
+from lab.analytic.families.llama import Llama
+from lab.analytic.families.pieces import causal_lm_loss
+from lab.analytic.tape import BOOL, FP32, Tensor
+
+
+class TrainerDecoder(HFDecoder):
+    """compute_loss: ``outputs = model(**inputs)``, of which the loss is returned and the rest dropped."""
+
+    def _check_packed(self) -> None:
+        """A mask without padding is made bool, found to be all ones and dropped; without one, as everywhere."""
+        if not self.cfg.engine.attention_mask:
+            super()._check_packed()
+            return
+        mask = self.ops.new(self.rows, 1, "attention mask, bool")
+        self.ops.new(1, BOOL, "mask without padding")
+        del mask
+
+    def forward(self) -> Tensor:
+        ops, hooks, name = self.ops, self.hooks, PREFIX[:-1]
+        hooks.pre_forward(-1)
+        hooks.enter_source("")
+        hooks.enter_source(name)
+        x = self.model()
+        logits = self._hf_logits(x)
+        # Summed, then divided by num_items_in_batch, whose division keeps that number.
+        loss = ops.scale(causal_lm_loss(ops, logits, self.cfg.train.micro_batch_size, self.rows), "loss over items")
+        loss = hooks.leave(name, loss)
+        del x
+        loss = hooks.post_forward(-1, hooks.leave("", loss))
+        if ops.amp is not None:
+            logits = ops.cast(logits, FP32, "logits of the outputs, fp32")
+        del logits
+        return loss
+
+
+class TrainerLlama(TrainerDecoder, Llama):
+    """Llama and its kin."""
+
+
+class TrainerGPT2(TrainerDecoder, GPT2):
+    """GPT-2."""
