@@ -11,8 +11,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lab.config import RunConfig
-from lab.parallel.engine import LiveTensor, cached_tensors, optimizer_state_tensors
-from lab.parallel.materialise import initial_value, materialise_buffers, slots
+from lab.parallel.engine import LiveTensor, cached_tensors, optimizer_state_tensors, quantized_tensors
+from lab.parallel.materialise import initial_value, materialise, materialise_buffers, slots
 from lab.parallel.torch_step import TorchStep
 from lab.transforms.precision import compute_dtype
 from lab.vocab import MemoryCategory, Precision, Strategy
@@ -44,17 +44,20 @@ class FSDPEngine(TorchStep):
     def __init__(self, cfg: RunConfig, model: nn.Module, device: torch.device) -> None:
         self.cfg, self.device = cfg, device
         self.num_parameters = sum(p.numel() for p in model.parameters())
-        self.model = _shard(cfg, model, device)
-        _initialise_shards(cfg, self.model, device)
+        quantized = cfg.quantization.kind != "none"
+        self.model = _shard(cfg, model, device, materialised=quantized)
+        if not quantized:
+            _initialise_shards(cfg, self.model, device)
         # The sharded parameters, kept here because a gathered unit shows its whole ones instead.
-        self.make_optimizer([p for p in self.model.parameters() if isinstance(p, DTensor)], device)
+        self.shards = [p for p in self.model.parameters() if isinstance(p, DTensor)]
+        self.make_optimizer([p for p in self.shards if p.requires_grad], device)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         loss: Tensor = self.model(tokens, targets)
         return loss
 
     def live_tensors(self) -> Iterator[LiveTensor]:
-        for shard in self.parameters:
+        for shard in self.shards:
             yield MemoryCategory.PARAMETERS, _local(shard)
             if shard.grad is not None:
                 yield MemoryCategory.GRADIENTS, _local(shard.grad)
@@ -66,26 +69,44 @@ class FSDPEngine(TorchStep):
         for tensor in optimizer_state_tensors(self.optimizer, self.device):
             yield MemoryCategory.OPTIMIZER_STATES, _local(tensor)
         yield from cached_tensors(self.model)
+        yield from quantized_tensors(self.model)
 
     def unseen_allocations(self) -> Iterator[tuple[MemoryCategory, int]]:
         return iter(())
 
     def close(self) -> None:
         self.drop_states()
+        self.shards = []
         self.model = nn.Module()
 
 
-def _shard(cfg: RunConfig, model: nn.Module, device: torch.device) -> nn.Module:
+def _shard(cfg: RunConfig, model: nn.Module, device: torch.device, materialised: bool) -> nn.Module:
+    """fully_shard of every block and the root. ``materialised``: each unit gets its values first, whole.
+
+    So quantized ones: what is cut is a weight's packed bytes, [elements, 1], with its quantization state on every
+    rank. FSDP2 makes plain parameters of them; Linear4bit finds the state on the module
+    (fix_4bit_weight_quant_state_from_module).
+    """
     mesh, policy = device_mesh(cfg, device), mixed_precision_policy(cfg)
     reshard = cfg.parallel.strategy is not Strategy.FSDP_GRAD_OP
     blocks = model.get_submodule("blocks")
     for block in blocks.children():
+        if materialised:
+            _materialise_unit(cfg, model, block, device)
         if cfg.train.compile:  # the forward only: FSDP's hooks stay outside the graph
             block.forward = torch.compile(block.forward)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     # The root (embedding, final norm, head) keeps FSDP2's default: gathered from forward to backward.
+    if materialised:
+        _materialise_unit(cfg, model, model, device)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
+
+
+def _materialise_unit(cfg: RunConfig, model: nn.Module, unit: nn.Module, device: torch.device) -> None:
+    members = {id(p) for p in unit.parameters()}
+    for _ in materialise(model, cfg.seed, cfg.model.num_layers, device, only=members):
+        pass
 
 
 def _initialise_shards(cfg: RunConfig, model: nn.Module, device: torch.device) -> None:

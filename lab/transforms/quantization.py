@@ -18,7 +18,7 @@ from lab.config import QuantizationConfig
 from lab.transforms.bnb import import_bitsandbytes
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "uint8": torch.uint8}
-_PARAMETERS = ("Params4bit", "Int8Params")
+_PARAMETERS, _LAYERS = ("Params4bit", "Int8Params"), ("Linear4bit", "Linear8bitLt")
 
 
 def quantize_linears(model: nn.Module, cfg: QuantizationConfig) -> nn.Module:
@@ -107,9 +107,9 @@ def quantization_state(model: nn.Module) -> Iterator[Tensor]:
     """absmax, code tables, offsets and int8's row maxima of every quantized Linear, and bitsandbytes' own table."""
     nested = False
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if weight is None or type(weight).__name__ not in _PARAMETERS:
+        if type(module).__name__ not in _LAYERS:
             continue
+        weight = module.weight  # under FSDP2 a plain parameter
         states = [getattr(weight, "quant_state", None), getattr(module, "quant_state", None)]
         states += [getattr(state, "state2", None) for state in states]
         nested = nested or states[-1] is not None

@@ -13,7 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lab.analytic.architecture import ParameterSpec
-from lab.analytic.ops import Parameter
+from lab.analytic.ops import Parameter, Quantized
+from lab.analytic.quantization import packed_shape
 from lab.analytic.sharding.base import Rule
 from lab.analytic.tape import FP32, Grads, Node, Tape, Tensor
 from lab.config import RunConfig
@@ -36,9 +37,12 @@ class Unit:
 
     index: int
     members: list[tuple[ParameterSpec, Parameter]] = field(default_factory=list)
-    padded_shard_numel: int = 0
+    shard_bytes: int = 0  # this rank's padded shards, as they are gathered
+    cast_numel: int = 0  # of these, what mixed precision casts first
+    trained_numel: int = 0  # of these, what has gradients
     all_gather: Tensor | None = None  # result of an all-gather that nobody has waited for
     gathered: bool = False
+    reduced: bool = False  # post_backward has run
     sharded_grad: Tensor | None = None  # reduce-scatter output; the parameters' gradients are views of it
 
 
@@ -60,21 +64,40 @@ class FSDP(Rule):
     def autocast(self) -> bool:
         return False  # FSDP2 casts parameters and inputs itself
 
-    @property
-    def gathered_itemsize(self) -> int:
-        """Bytes per element of gathered parameters: param_dtype in mixed precision, else the stored type."""
-        return self.compute_itemsize if self.mixed else self.parameter_itemsize
+    def gathered_size(self, spec: ParameterSpec) -> int:
+        """Bytes per element of one gathered parameter: packed ones, and without mixed precision all, as stored."""
+        if spec.quantized:
+            return packed_shape(spec.numel, self.cfg.quantization)[1]
+        return self.compute_itemsize if self.mixed else self.itemsize_of(spec)
 
     def _padded(self, spec: ParameterSpec) -> int:
-        rows = spec.shape[0]
-        return -(-rows // self.size) * (spec.numel // rows)
+        rows, columns = spec.shape[0], spec.numel // spec.shape[0]
+        if spec.quantized:  # [elements, 1]
+            rows, columns = packed_shape(spec.numel, self.cfg.quantization)[0], 1
+        return -(-rows // self.size) * columns
+
+    def _stored_size(self, spec: ParameterSpec) -> int:
+        return self.gathered_size(spec) if spec.quantized else self.itemsize_of(spec)
 
     def build(self) -> None:
         if not self.tape.trace.on_device_kernels:  # DeviceMesh keeps its ranks in an int32 tensor on the CPU
             self.kept.append(self.tape.new(self.world, 4, "device mesh"))
+        if self.cfg.quantization.kind != "none":
+            self._build_units()
+            return
         for spec in self.specs:
             self.add_shard(spec)
         self._initialise()
+
+    def _build_units(self) -> None:
+        """parallel/fsdp.py, _shard_quantized: one whole unit at a time, quantized, then cut."""
+        for index in (*range(self.cfg.model.num_layers), -1):
+            members = [s for s in self.specs if self.unit_of(s) == index]
+            whole = [(s, *self.materialise(s)) for s in members]
+            while whole:
+                spec, _, quantized = whole.pop(0)
+                self.add_shard(spec, quantized)
+        self.parameters = {s.name: self.parameters[s.name] for s in self.specs}  # in the model's order
 
     def unit_of(self, spec: ParameterSpec) -> int:
         return spec.unit
@@ -83,14 +106,17 @@ class FSDP(Rule):
         """Are a unit's parameters freed after its forward?"""
         return unit >= 0 and self.reshard
 
-    def add_shard(self, spec: ParameterSpec) -> None:
+    def add_shard(self, spec: ParameterSpec, quantized: Quantized | None = None) -> None:
         """This rank's padded shard of a parameter, and the place of the whole one."""
-        padded = self._padded(spec)
-        self.kept.append(self.tape.new(padded, self.parameter_itemsize, spec.name, MemoryCategory.PARAMETERS))
-        whole = Tensor(_Unallocated(self, padded * self.size, spec.name).storage, spec.numel, self.gathered_itemsize)
+        padded, size = self._padded(spec), self.gathered_size(spec)
+        self.kept.append(self.tape.new(padded, self._stored_size(spec), spec.name, MemoryCategory.PARAMETERS))
+        numel = packed_shape(spec.numel, self.cfg.quantization)[0] if spec.quantized else spec.numel
+        whole = Tensor(_Unallocated(self, padded * self.size * size, spec.name).storage, numel, size)
         unit = self.units[self.unit_of(spec)]
-        unit.members.append((spec, self.add_parameter(spec, whole)))
-        unit.padded_shard_numel += padded
+        unit.members.append((spec, self.add_parameter(spec, whole, quantized)))
+        unit.shard_bytes += padded * size
+        unit.cast_numel += padded if self.mixed and not spec.quantized else 0
+        unit.trained_numel += padded if spec.trainable else 0
 
     def _initialise(self) -> None:
         """parallel/fsdp.py, _initialise_shards: each whole parameter is drawn in fp32 (and cast), then cut."""
@@ -98,12 +124,12 @@ class FSDP(Rule):
             self.tape.new(self._padded(self.specs[0]), self.parameter_itemsize, "head.weight, dropped")
         value = cut = None
         for spec in self.specs:
-            drawn = self.tape.new(spec.numel, FP32, f"initial {spec.name}")
-            if self.parameter_itemsize != FP32:
-                drawn = self.tape.new(spec.numel, self.parameter_itemsize, f"initial {spec.name}")
+            drawn, size = self.tape.new(spec.numel, FP32, f"initial {spec.name}"), self.itemsize_of(spec)
+            if size != FP32:
+                drawn = self.tape.new(spec.numel, size, f"initial {spec.name}")
             value = drawn
             del drawn
-            cut = self.tape.new(self._padded(spec), self.parameter_itemsize, f"initial shard of {spec.name}")
+            cut = self.tape.new(self._padded(spec), size, f"initial shard of {spec.name}")
         del value, cut
 
     # -- gather and free ---------------------------------------------------------------------------
@@ -112,10 +138,10 @@ class FSDP(Rule):
         """unshard(): start the all-gather unless it runs or the parameters are there."""
         if unit.gathered or unit.all_gather is not None or self.size == 1:
             return
-        size, trace = self.gathered_itemsize, self.tape.trace
+        trace, cast = self.tape.trace, unit.cast_numel
         trace.stream = COPY_IN_STREAM
-        flat = self.tape.new(unit.padded_shard_numel, size, "FSDP all-gather input", COMM) if self.mixed else None
-        unit.all_gather = self.tape.new(unit.padded_shard_numel * self.size, size, "FSDP all-gather output", COMM)
+        flat = self.tape.new(cast, self.compute_itemsize, "FSDP all-gather input", COMM) if cast else None
+        unit.all_gather = self.tape.new(unit.shard_bytes * self.size, 1, "FSDP all-gather output", COMM)
         trace.stream = 0
         del flat
 
@@ -124,9 +150,9 @@ class FSDP(Rule):
         if unit.gathered:
             return
         before = self.previous if forward and unit.all_gather is not None else None  # a local variable: to the end
-        for _, parameter in unit.members:
-            cast = self.size == 1 and self.mixed
-            held = self.tape.new(parameter.numel, self.gathered_itemsize, "FSDP cast", COMM) if cast else None
+        for spec, parameter in unit.members:
+            cast = self.size == 1 and self.mixed and not spec.quantized
+            held = self.tape.new(parameter.numel, self.compute_itemsize, "FSDP cast", COMM) if cast else None
             parameter.tensor.storage.resize(True)
             del held
         unit.gathered = True
@@ -153,7 +179,7 @@ class FSDP(Rule):
             self.post_backward(self.units[unit])
             return [grads[0]]
 
-        return x.view(node=Node(self.tape, [x], backward))
+        return x if x.node is None else x.view(node=Node(self.tape, [x], backward))
 
     def post_forward(self, unit: int, out: Tensor) -> Tensor:
         if self.reshards(unit):
@@ -175,20 +201,26 @@ class FSDP(Rule):
 
     def post_backward(self, unit: Unit) -> None:
         """Free the parameters, flatten the gradients, reduce-scatter, keep the output as the sharded gradient."""
+        unit.reduced = True
         grads = [p.accumulator.grad for _, p in unit.members]
         for _, p in unit.members:
             p.accumulator.grad = None
         self.free(unit)
         self.reduce_input = None
-        size = FP32 if self.mixed and self.cfg.parallel.fsdp.reduce_dtype == "fp32" else self.gathered_itemsize
-        numel = unit.padded_shard_numel * self.size
+        if not unit.trained_numel:
+            return
+        stored = max(self.itemsize_of(s) for s, _ in unit.members if s.trainable)
+        size = FP32 if self.mixed and self.cfg.parallel.fsdp.reduce_dtype == "fp32" else stored
+        if self.mixed and self.cfg.parallel.fsdp.reduce_dtype != "fp32":
+            size = self.compute_itemsize
+        numel = unit.trained_numel * self.size
         self.reduce_input = self.tape.new(numel, size, "FSDP reduce-scatter input", COMM)
         grads.clear()
         self.tape.trace.stream = REDUCE_STREAM
         category = MemoryCategory.GRADIENTS
-        output = self.tape.new(unit.padded_shard_numel, size, "FSDP sharded gradient", category)
-        if size != self.parameter_itemsize:
-            wide = self.tape.new(unit.padded_shard_numel, self.parameter_itemsize, "FSDP sharded gradient", category)
+        output = self.tape.new(unit.trained_numel, size, "FSDP sharded gradient", category)
+        if size != stored:
+            wide = self.tape.new(unit.trained_numel, stored, "FSDP sharded gradient", category)
             output = wide
             del wide
         self.tape.trace.stream = 0
@@ -197,8 +229,12 @@ class FSDP(Rule):
         del output
 
     def finish_backward(self) -> None:
-        """_root_post_backward_final_callback: the root's own gradients come last."""
-        self.post_backward(self.units[-1])
+        """_root_post_backward_final_callback: the root's gradients come last, then units whose input needed none."""
+        for unit in self.units.values():
+            if unit.index < 0 or not unit.reduced:
+                self.post_backward(unit)
+        for unit in self.units.values():
+            unit.reduced = False
         self.reduce_input = None
         self.order.clear()
 
@@ -206,8 +242,9 @@ class FSDP(Rule):
 
     def optimizer_parameters(self) -> list[tuple[int, int]]:
         """The local, unpadded shards of rank 0."""
-        size = self.parameter_itemsize
-        return [(shard_rows(s.shape[0], self.size, 0) * (s.numel // s.shape[0]), size) for s in self.specs]
+        return [
+            (shard_rows(s.shape[0], self.size, 0) * (s.numel // s.shape[0]), self.itemsize_of(s)) for s in self.trained
+        ]
 
     def zero_grad(self) -> None:
         for index in (*range(self.cfg.model.num_layers), -1):  # the root's goes with the last parameter, the head
@@ -217,8 +254,8 @@ class FSDP(Rule):
 class _Unallocated:
     """A parameter's gathered storage before its first all-gather: known, without bytes."""
 
-    def __init__(self, rule: FSDP, numel: int, name: str) -> None:
-        nothing = rule.tape.new(0, rule.gathered_itemsize, f"gathered {name}", GATHERED)
+    def __init__(self, rule: FSDP, nbytes: int, name: str) -> None:
+        nothing = rule.tape.new(0, 1, f"gathered {name}", GATHERED)
         nothing.storage.live = False
-        nothing.storage.nbytes = numel * rule.gathered_itemsize
+        nothing.storage.nbytes = nbytes
         self.storage = nothing.storage
