@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lab.analytic.optimizers import STATES, Optimizer, Shape
-from lab.analytic.reduce import column_sum_workspace_bytes, norm_workspace_bytes
+from lab.analytic.reduce import column_partials, norm_workspace_bytes
 from lab.analytic.tape import FP32, Tape, Tensor
 from lab.config import OptimizerConfig
 
@@ -98,20 +98,21 @@ class Adafactor(Optimizer):
 
     # -- reductions: a result, and scratch memory while it is made ---------------------------------
 
-    def _reduced(self, numel: int, itemsize: int, workspace: int) -> Tensor:
+    def _reduced(self, numel: int, itemsize: int, partial_bytes: int, semaphore_bytes: int = FP32) -> Tensor:
         out = self.tape.new(numel, itemsize, "Adafactor norm")
-        if workspace:
-            sums = self.tape.new(workspace, 1, "norm, partial sums")
-            self.tape.new(1, FP32, "norm, semaphore")
+        if partial_bytes:
+            sums = self.tape.new(partial_bytes, 1, "norm, partial sums")
+            self.tape.new(semaphore_bytes, 1, "Adafactor norm, semaphores")
             del sums
         return out
 
-    def _partial_sums(self, numel: int) -> int:
-        return norm_workspace_bytes(numel, self.num_sms, FP32) if self.num_sms else 0
+    def _whole(self, numel: int, itemsize: int) -> Tensor:
+        """One number of ``numel`` elements."""
+        return self._reduced(1, itemsize, norm_workspace_bytes(numel, self.num_sms, FP32) if self.num_sms else 0)
 
     def _norm(self, p: _Updated) -> Tensor:
-        """tensor.norm(2).item(): one number, read at once."""
-        return self._reduced(1, p.itemsize, self._partial_sums(p.numel))
+        """tensor.norm(2).item(): read at once."""
+        return self._whole(p.numel, p.itemsize)
 
     def _row_norm(self, p: _Updated) -> Tensor:
         """torch.norm(grad, dim=-1): a row fits one thread block's share, no scratch memory."""
@@ -119,12 +120,12 @@ class Adafactor(Optimizer):
 
     def _column_norm(self, p: _Updated) -> Tensor:
         """torch.norm(grad, dim=-2)."""
-        workspace = column_sum_workspace_bytes(p.rows, p.columns, p.itemsize, self.num_sms) if self.num_sms else 0
-        return self._reduced(p.columns, p.itemsize, workspace)
+        scratch = column_partials(p.rows, p.columns, self.num_sms) if self.num_sms else (0, 0)
+        return self._reduced(p.columns, p.itemsize, *scratch)
 
     def _row_mean(self, p: _Updated) -> Tensor:
         """row_var.mean(dim=-2)."""
-        return self._reduced(1, p.itemsize, self._partial_sums(p.rows))
+        return self._whole(p.rows, p.itemsize)
 
 
 class _Updated:

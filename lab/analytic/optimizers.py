@@ -17,13 +17,16 @@ Shape = tuple[int, ...]
 
 
 class Optimizer(ABC):
-    """What every optimizer's replay offers. ``managed_bytes``: states that no allocator of PyTorch's holds."""
+    """What every optimizer's replay offers.
+
+    ``managed_bytes``: states that no allocator of PyTorch's holds; ``managed_device_bytes``: their room on the GPU.
+    """
 
     def __init__(self, tape: Tape, cfg: OptimizerConfig) -> None:
         self.tape, self.cfg = tape, cfg
         self.states: list[Tensor] = []
         self.made: set[int] = set()  # groups whose states exist
-        self.managed_bytes = 0
+        self.managed_bytes = self.managed_device_bytes = 0
 
     @abstractmethod
     def step(self, params: Sequence[tuple[int, int]], shapes: Sequence[Shape] | None = None, group: int = 0) -> None:

@@ -25,6 +25,11 @@ def column_sum_workspace_bytes(rows: int, columns: int, itemsize: int, num_sms: 
 
     Source: Reduce.cuh, setReduceConfig and ReduceConfig::global_memory_size; accumulation in fp32.
     """
+    return sum(column_partials(rows, columns, num_sms))
+
+
+def column_partials(rows: int, columns: int, num_sms: int) -> tuple[int, int]:
+    """Bytes of a column reduction's two allocations: partial sums, and semaphores (one per group of outputs)."""
     vector = next(v for v in (4, 2, 1) if columns % v == 0)
     dim0 = columns // vector
     limit = MAX_THREADS // vector
@@ -41,11 +46,11 @@ def column_sum_workspace_bytes(rows: int, columns: int, itemsize: int, num_sms: 
     grid = _div_up(columns, outputs_per_block)
     target = num_sms * (THREADS_PER_SM // (width * height))
     if not split or per_thread < MAX_VALUES or grid > target:
-        return 0
+        return 0, 0
     blocks = max(min(_div_up(target, grid), _div_up(per_thread, MIN_VALUES)), _div_up(per_thread, MAX_VALUES))
     if blocks <= 1:
-        return 0
-    return 4 * columns * blocks * width * vector + 4 * grid
+        return 0, 0
+    return 4 * columns * blocks * width * vector, 4 * grid
 
 
 def norm_workspace_bytes(numel: int, num_sms: int, accumulator_bytes: int = 8) -> int:

@@ -11,6 +11,7 @@ from lab.cli.arguments import Parser
 from lab.compare import comparison_row
 from lab.config import ConfigError
 from lab.report.levels import levels_table
+from lab.report.optimizers import optimizer_table
 from lab.report.study import ledger_table, study_table
 from lab.report.table import run_table
 from lab.track.bundle import read_records
@@ -25,6 +26,7 @@ HELP = """Table of recorded runs: the settings that differ, predicted (before th
   lab compare experiments/zero_stages --textbook           beside the published formulas, as Markdown
   lab compare experiments/fragmentation --levels           allocated, reserved, device use; what lies between
   lab compare experiments/zero_stages --ledger forward     measured categories at forward's end, as Markdown
+  lab compare experiments/optimizers --optimizers          bytes per parameter and the step's own peak, as Markdown
 """
 
 
@@ -37,6 +39,7 @@ def run(argv: Sequence[str]) -> int:
     form.add_argument("--textbook", action="store_true", help="the Markdown table with the published formulas beside")
     form.add_argument("--levels", action="store_true", help="allocated, reserved and what the driver sees, as Markdown")
     form.add_argument("--ledger", choices=[p.value for p in STEP_PHASES], help="measured categories at a phase's end")
+    form.add_argument("--optimizers", action="store_true", help="states per parameter and the step's own peak")
     parser.add_argument("--overrides", action="store_true", help="Markdown: each run's settings in one column")
     arguments = parser.parse(argv)
     default = Path("outputs")
@@ -49,6 +52,8 @@ def run(argv: Sequence[str]) -> int:
         print(json.dumps([comparison_row(record, source) for source, record in found], indent=1))
     elif not found:
         print(f"no records under {', '.join(str(p) for p in paths) or 'outputs/'}", file=sys.stderr)
+    elif arguments.optimizers:
+        print(optimizer_table(records))
     elif arguments.levels:
         print(levels_table(records, arguments.overrides))
     elif arguments.ledger:

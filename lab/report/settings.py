@@ -20,6 +20,13 @@ _ONLY_WHERE: dict[str, tuple[str, tuple[str, ...]]] = {
     "checkpointing.every_k": ("checkpointing.kind", ("every_k",)),
     "loss.num_chunks": ("loss.kind", ("chunked",)),
     "optimizer.momentum": ("optimizer.kind", ("sgd",)),
+    "optimizer.betas": (
+        "optimizer.kind",
+        ("adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit"),
+    ),
+    "optimizer.eps": ("optimizer.kind", ("adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")),
+    "optimizer.min_8bit_size": ("optimizer.kind", ("adamw_8bit", "paged_adamw_8bit", "lion_8bit")),
+    "optimizer.implementation": ("optimizer.kind", ("adamw", "sgd", "adafactor")),
     "parallel.ddp.": ("parallel.strategy", ("ddp",)),
     "parallel.zero.stage3": ("parallel.strategy", ("zero3",)),
     "parallel.zero.": ("parallel.strategy", ("zero1", "zero2", "zero3")),

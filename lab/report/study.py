@@ -85,10 +85,10 @@ class StudyColumns:
                 same.insert(0, f"model {cell('model.name', flat[0])}")
             shapes = [("train.micro_batch_size", "micro-batch"), ("train.seq_len", "tokens per sequence")]
             same += [f"{name} {cell(s, flat[0])}" for s, name in shapes if s not in settings]
-        self.common = ", ".join([f"{len(records)} run{'s' * (len(records) > 1)}", *same]) + f"; {_machines(records)}."
+        self.common = ", ".join([f"{len(records)} run{'s' * (len(records) > 1)}", *same]) + f"; {machines(records)}."
 
 
-def _machines(records: Sequence[RunRecord]) -> str:
+def machines(records: Sequence[RunRecord]) -> str:
     """GPUs and versions of the libraries, from the records."""
     devices = dict.fromkeys(rank.device for r in records for rank in r.ranks)
     versions = [r.environment.get("versions", {}) for r in records]

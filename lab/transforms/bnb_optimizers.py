@@ -60,7 +60,7 @@ def managed_bytes(cfg: OptimizerConfig, device: torch.device) -> int | None:
     if not cfg.kind.startswith("paged_") or device.type == "cpu":
         return None
     manager = import_bitsandbytes().functional.GlobalPageManager.get_instance()
-    return sum(tensor.numel() * tensor.element_size() for tensor in manager.paged_tensors)
+    return sum(int(tensor.numel() * tensor.element_size()) for tensor in manager.paged_tensors)
 
 
 def paged_notes(cfg: OptimizerConfig, device: torch.device) -> list[str]:
