@@ -7,12 +7,11 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from lab.analytic.boundary import Boundary, boundary
-from lab.analytic.hardware import outside_allocator_bytes
+from lab.analytic.boundary import boundary
 from lab.cli.arguments import Parser
 from lab.cli.points import Point, resolve_point, study_points
 from lab.cli.sweep import Sweep, drop_launcher_variables, interrupt, reason_parts
-from lab.config import ConfigError, RunConfig, load
+from lab.config import ConfigError, RunConfig
 from lab.record import to_json
 from lab.report.boundary import (
     BoundaryResult,
@@ -22,7 +21,6 @@ from lab.report.boundary import (
     read_results,
     write_results,
 )
-from lab.units import readable
 
 HELP = """The largest train.micro_batch_size that fits, by the simulated allocator: under train.memory_limit_gib (what
 PyTorch reserves on each GPU), or on the whole GPU. Points as for `lab sweep`; their own batch size does not matter.
@@ -44,7 +42,13 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--predicted", metavar="FILE", help="points and predictions of a file written with -o")
     parser.add_argument("--measure", action="store_true", help="run the predicted size and the next one")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="--measure: runs at a time")
-    parser.add_argument("--share", type=int, default=1, metavar="N", help="--measure: runs on one GPU at a time")
+    parser.add_argument(
+        "--share",
+        type=int,
+        default=1,
+        metavar="N",
+        help="--measure: runs on one GPU at a time, as far as their limits leave room",
+    )
     parser.add_argument("-o", "--output", metavar="FILE", help="also write the results, one line per point (JSON)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--table", metavar="FILE", help="only print the table of results written with -o")
@@ -59,7 +63,6 @@ def run(argv: Sequence[str]) -> int:
         results = _predicted(arguments.predicted, arguments.overrides)
         _write(arguments.output, results)  # before anything is run
         if arguments.measure:
-            _check_share(results, arguments.share)
             _measure(results, arguments.jobs, arguments.share)
             _write(arguments.output, results)
     print(json.dumps([as_json(r) for r in results], indent=1) if arguments.json else boundary_table(results))
@@ -110,23 +113,6 @@ def _measure(results: Sequence[BoundaryResult], jobs: int, share: int) -> None:
         result.devices = list(dict.fromkeys(rank.device for r in records.values() for rank in r.ranks))
         versions = [r.environment.get("versions", {}) for r in records.values()]
         result.versions = {k: str(v) for found in versions for k, v in found.items() if v}
-
-
-def _check_share(results: Sequence[BoundaryResult], share: int) -> None:
-    """Runs that share a GPU must not run out of the GPU itself."""
-    if share == 1:
-        return
-    cfgs = [load(r.overrides) for r in results]
-    worst = max(_device_bytes(cfg, r.boundary) for cfg, r in zip(cfgs, results, strict=True))
-    capacity = cfgs[0].hardware.capacity_bytes
-    if not capacity or share * worst > capacity:
-        raise ConfigError(
-            "--share", share, f"a point may take {readable(worst)} of the GPU's {readable(capacity)}; fewer fit"
-        )
-
-
-def _device_bytes(cfg: RunConfig, found: Boundary) -> int:
-    return found.limit_bytes + outside_allocator_bytes(cfg)
 
 
 def _valid(points: Sequence[Point]) -> list[tuple[Point, RunConfig]]:

@@ -23,6 +23,9 @@ class PointError:
     label: str
     predicted_bytes: int
     measured_bytes: int
+    precision: str = ""
+    largest: str = ""  # the residual of this run that is off by most bytes, and by how many
+    largest_bytes: int = 0
 
     @property
     def percent(self) -> float:
@@ -43,42 +46,62 @@ def as_json(points: int, errors: Sequence[PointError], beyond: Sequence[PointErr
     """The stable object of `lab validate --json`."""
 
     def entry(e: PointError) -> dict[str, Any]:
-        return {"level": e.level, "record": e.source, "run": e.label, "error_percent": e.percent}
+        largest = {"where": e.largest, "bytes": e.largest_bytes}
+        return {
+            "level": e.level,
+            "record": e.source,
+            "run": e.label,
+            "error_percent": e.percent,
+            "error_bytes": e.predicted_bytes - e.measured_bytes,
+            "largest_residual": largest if e.largest else None,
+        }
 
     out: dict[str, Any] = {"points": points}
     for level, group in _by_level(errors).items():
-        strategies = {s: _statistics(g) for s, g in _by_strategy(group).items()}
+        strategies = {s: _statistics(g) for s, g in _by("strategy", group).items()}
         out[level] = {**_statistics(group), "strategies": strategies}
+    out["precisions"] = {
+        level: {p: _statistics(g) for p, g in _by("precision", group).items()}
+        for level, group in _by_level(errors).items()
+    }
     out["worst_points"] = [entry(e) for e in _worst(errors)]
     out["beyond_tolerance"] = [entry(e) for e in beyond]
     return out
 
 
 def as_text(points: int, errors: Sequence[PointError], beyond: Sequence[PointError], whose: str) -> str:
-    """Per level and strategy, the largest errors, what is beyond tolerance."""
-    headers = ["level", "strategy", "runs", "median %", "p90 %", "worst %"]
+    """Per level, strategy and precision, the largest errors, what is beyond tolerance."""
+    headers = ["level", "of", "runs", "median %", "p90 %", "worst %"]
     rows = []
     for level, group in _by_level(errors).items():
-        for strategy, part in {"all": group, **_by_strategy(group)}.items():
-            rows.append([level, strategy, str(len(part)), *(f"{v:.2f}" for v in _statistics(part).values())])
-    worst = [
-        [f"{e.percent:+.2f}", f"{e.predicted_bytes - e.measured_bytes:+,}", e.label, e.source] for e in _worst(errors)
-    ]
+        for part, members in {"all": group, **_by("strategy", group), **_by("precision", group)}.items():
+            rows.append([level, part, str(len(members)), *(f"{v:.2f}" for v in _statistics(members).values())])
     lines = [f"{points} runs; absolute error of {whose}, steady state, worst rank:", text_table(headers, rows)]
-    lines += ["", "largest errors of allocated:", text_table(["error %", "bytes", "run", "record"], worst)]
+    lines += ["", "largest errors of allocated:", _worst_table(errors)]
     lines += [f"beyond tolerance: {e.level} {e.percent:+.2f} % {e.label} {e.source}" for e in beyond]
     return "\n".join(lines)
 
 
-def as_markdown(points: int, errors: Sequence[PointError], whose: str, by_strategy: bool) -> str:
-    """One row per level, and per strategy if asked for, with how many runs are within 1 % and within 5 %."""
-    headers = ["level", *(["strategy"] if by_strategy else [])]
+def _worst_table(errors: Sequence[PointError]) -> str:
+    headers = ["error %", "bytes", "largest residual", "bytes there", "run", "record"]
+    rows = []
+    for e in _worst(errors):
+        numbers = [f"{e.percent:+.3f}", f"{e.predicted_bytes - e.measured_bytes:+,}"]
+        rows.append([*numbers, e.largest or "-", f"{e.largest_bytes:+,}" if e.largest else "-", e.label, e.source])
+    return text_table(headers, rows)
+
+
+def as_markdown(points: int, errors: Sequence[PointError], whose: str, by: Sequence[str] = ()) -> str:
+    """One row per level, and per strategy or precision (``by``), with how many runs are within 1 % and within 5 %."""
+    headers = ["level", *(["/".join(by)] if by else [])]
     headers += ["runs", "median %", "p90 %", "worst %", "≤ 1 %", "≤ 5 %"]
     rows = []
     for level, group in _by_level(errors).items():
-        parts = {"all": group, **(_by_strategy(group) if by_strategy else {})}
-        for strategy, part in parts.items():
-            row = [level, *([strategy] if by_strategy else []), str(len(part))]
+        parts = {"all": group}
+        for what in by:
+            parts |= _by(what, group)
+        for name, part in parts.items():
+            row = [level, *([name] if by else []), str(len(part))]
             row += [f"{v:.2f}" for v in _statistics(part).values()]
             rows.append([*row, *(str(sum(abs(e.percent) <= limit for e in part)) for limit in (1, 5))])
     note = (
@@ -98,8 +121,9 @@ def _by_level(errors: Sequence[PointError]) -> dict[str, list[PointError]]:
     return {level: group for level, group in groups.items() if group}
 
 
-def _by_strategy(errors: Sequence[PointError]) -> dict[str, list[PointError]]:
-    return {s: [e for e in errors if e.strategy == s] for s in dict.fromkeys(e.strategy for e in errors)}
+def _by(what: str, errors: Sequence[PointError]) -> dict[str, list[PointError]]:
+    """Errors by strategy or precision, in the order in which these come up."""
+    return {s: [e for e in errors if getattr(e, what) == s] for s in dict.fromkeys(getattr(e, what) for e in errors)}
 
 
 def _worst(errors: Sequence[PointError], count: int = 10) -> list[PointError]:

@@ -274,10 +274,10 @@ def test_the_command_runs_both_sizes_and_gpus_are_shared(
     assert "| ok | oom, 1 backward | exact |" in table
     assert main(["boundary", "--table", str(output), "--json"]) == 0
     assert [r["verdict"] for r in json.loads(capsys.readouterr().out)] == ["exact", "too low", "too high"]
-    assert main(["boundary", *arguments, "--measure", "--share", "100"]) == 2
+    assert main(["boundary", *arguments, "--measure", "--share", "0"]) == 2
     assert main(["boundary", *arguments, "--predicted", str(output)]) == 2
     assert main(["boundary", "--predicted", str(tmp_path / "none.json")]) == 2
-    assert "fewer fit" in capsys.readouterr().err
+    assert "--share=0: 1 or more" in capsys.readouterr().err
 
 
 def test_predict_says_how_much_of_the_limit_is_left(capsys: pytest.CaptureFixture[str]) -> None:
