@@ -16,7 +16,7 @@ from lab.parallel import Engine, build_engine
 from lab.transforms.adapters import apply_adapter
 from lab.transforms.checkpointing import apply_checkpointing
 from lab.transforms.precision import apply_tf32, parameter_dtype
-from lab.transforms.quantization import quantize_linears
+from lab.transforms.quantization import cast_unquantized, quantize_linears
 
 
 def build_meta_model(cfg: RunConfig) -> nn.Module:
@@ -37,6 +37,8 @@ def build(cfg: RunConfig, device: torch.device) -> Engine:
     model = build_meta_model(cfg)
     quantize_linears(model, cfg.quantization)
     apply_adapter(model, cfg.adapter)
+    if cfg.parallel.strategy.zero_stage:  # DeepSpeed casts adapters too: not after they were drawn in fp32
+        cast_unquantized(model, parameter_dtype(cfg))
     if cfg.model.family == "lab":
         apply_checkpointing(model.get_submodule("blocks"), cfg)
     return build_engine(cfg, model, device)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lab.config import RunConfig
 from lab.optim import build_optimizer, learning_rate, set_learning_rate
-from lab.parallel.engine import LiveTensor, cached_tensors, optimizer_state_tensors
+from lab.parallel.engine import LiveTensor, cached_tensors, optimizer_state_tensors, quantized_tensors
 from lab.parallel.materialise import materialise
 from lab.transforms.bnb_optimizers import check_sizes
 from lab.transforms.precision import deepspeed_section
@@ -70,7 +70,7 @@ class ZeroEngine:
         # Stage 3 replaces F.linear for the whole process ("will persist unless manually reset").
         self._linear: Callable[..., Tensor] = F.linear
         materialise_for_zero(cfg, model, device)
-        self.base_optimizer = build_optimizer(model.parameters(), cfg.optimizer)
+        self.base_optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], cfg.optimizer)
         self.engine, self.optimizer, *_ = deepspeed.initialize(
             model=model, optimizer=self.base_optimizer, config=config
         )
@@ -105,6 +105,7 @@ class ZeroEngine:
         kept = ("_global_grad_norm", "inf_or_nan_tracker")
         yield from _as(MemoryCategory.TEMPORARIES, [getattr(self.optimizer, name, None) for name in kept])
         yield from cached_tensors(self.engine.module)
+        yield from quantized_tensors(self.engine.module)
 
     def unseen_allocations(self) -> Iterator[tuple[MemoryCategory, int]]:
         return iter(())

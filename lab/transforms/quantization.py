@@ -67,6 +67,13 @@ def _quantized_linear(linear: nn.Linear, cfg: QuantizationConfig) -> nn.Module:
     return layer.train(linear.training)
 
 
+def cast_unquantized(model: nn.Module, dtype: torch.dtype) -> None:
+    """Every floating-point parameter of a meta model that will not be packed."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not is_quantized(parameter):
+            parameter.data = parameter.data.to(dtype)
+
+
 def is_quantized(parameter: nn.Parameter) -> bool:
     """Is (or, on the meta device, will be) this parameter stored packed?"""
     return type(parameter).__name__ in _PARAMETERS

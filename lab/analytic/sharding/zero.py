@@ -50,7 +50,7 @@ class ZeroRule(DeepSpeedRule):
     def __init__(self, cfg: RunConfig, tape: Tape, specs: list[ParameterSpec]) -> None:
         super().__init__(cfg, tape, specs)
         self.options = cfg.parallel.zero
-        self.group = FlatGroup(specs, self.world, self.options.round_robin_gradients)
+        self.group = FlatGroup(self.trained, self.world, self.options.round_robin_gradients)
         self.partition = self.group.partition_numel
         self.global_norm: Tensor | None = None  # _global_grad_norm
 
@@ -71,22 +71,25 @@ class ZeroRule(DeepSpeedRule):
         Gradients too large for the bucket stay where they are in stage 1, whoever owns them.
         """
         members = self.group.members(rank)
-        large = [] if self.partition_gradients else [s for s in self.specs if s.numel > self.options.reduce_bucket_size]
+        large = (
+            [] if self.partition_gradients else [s for s in self.trained if s.numel > self.options.reduce_bucket_size]
+        )
         return sum(s.numel for s in {*members, *large})
 
     # -- build -----------------------------------------------------------------------------------
 
     def build(self) -> None:
         """Parameters one by one in fp32, cast, flattened, then dropped; a clone of the partition, cast likewise."""
-        originals = [self._materialise(s) for s in self.specs]
+        originals: list[Tensor] = []
+        for spec in self.specs:
+            tensor, quantized = self.materialise(spec)
+            if spec.trainable:
+                originals.append(tensor)
+            else:  # no optimizer knows it: it stays as it is
+                self.add_parameter(spec, tensor, quantized)
+            del tensor
         self.tape.trace.empty_cache()
         self.flatten(originals)
-
-    def _materialise(self, spec: ParameterSpec) -> Tensor:
-        """The lab draws every parameter in fp32 and casts it (parallel/materialise.py)."""
-        drawn = self.tape.new(spec.numel, FP32, spec.name, PARAMETERS)
-        size = self.parameter_itemsize
-        return drawn if size == FP32 else self.tape.new(spec.numel, size, spec.name, PARAMETERS)
 
     def flatten(self, originals: list[Tensor]) -> None:
         """DeepSpeedZeroOptimizer.__init__; empties ``originals``, whose storage the flat group replaces."""
@@ -94,8 +97,9 @@ class ZeroRule(DeepSpeedRule):
         self.flat = new(self.group.numel, size, "flat parameters", PARAMETERS)
         while originals:
             originals.pop(0)
-        for spec in self.specs:
+        for spec in self.trained:
             self.add_parameter(spec, self.flat.view(spec.numel))
+        self.parameters = {s.name: self.parameters[s.name] for s in self.specs}  # in the model's order
         self.master = new(numel, size, "clone of the partition", MASTER)
         if size != master:
             self.master = new(numel, master, "master weights", MASTER)
@@ -109,7 +113,7 @@ class ZeroRule(DeepSpeedRule):
         self.reducer.grad_ready(spec, self.last_micro_step)
 
     def finish_backward(self) -> None:
-        self.reducer.finish_backward(self.specs, self.last_micro_step)
+        self.reducer.finish_backward(self.trained, self.last_micro_step)
 
     # -- optimizer step --------------------------------------------------------------------------
 
