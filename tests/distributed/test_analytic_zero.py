@@ -35,8 +35,7 @@ STATES = (
             *("parallel.zero.stage3_prefetch_bucket_size=30000", "parallel.zero.stage3_max_reuse_distance=20000"),
             "parallel.zero.stage3_param_persistence_threshold=200",
         ],
-        # one state per flat partition: nothing for Adafactor to factor; sub-groups share bitsandbytes' code tables
-        ["parallel=zero2", "precision=bf16_mixed", "optimizer=adafactor"],
+        # states per sub-group, one pair of code tables for all
         ["parallel=zero3", "precision=bf16_mixed", "optimizer=adamw_8bit", "parallel.zero.sub_group_size=40000"],
     ],
 )
