@@ -2,26 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from lab.analytic.allocator import Simulation, simulate
 from lab.analytic.architecture import num_parameters
 from lab.analytic.assumptions import assumptions
 from lab.analytic.boundary import Exhaustion, allocator_limit_bytes, exhaustion, replayed
 from lab.analytic.hardware import outside_allocator_bytes
+from lab.analytic.layers import replay_steps
+from lab.analytic.segments import spelled_out
 from lab.analytic.step import Replay
-from lab.analytic.timeline import categories_at, phases, spans_of
+from lab.analytic.timeline import Timeline
 from lab.config import RunConfig
 from lab.record import PhasePrediction, Prediction, StepPrediction
-from lab.vocab import STATE_CATEGORIES, MemoryBreakdown, StepPhase
+from lab.vocab import STATE_CATEGORIES, MemoryBreakdown, MemoryLevel, StepPhase
+
+ALLOCATED_ONLY = (
+    "allocated level alone: requests as the allocator rounds them, without the rests that it hands out with blocks; "
+    "reserved and device_used are lower bounds"
+)
 
 
-def predict(cfg: RunConfig) -> Prediction:
+def predict(cfg: RunConfig, level: str = MemoryLevel.DEVICE_USED) -> Prediction:
     """Memory of the worst rank at the allocated, reserved and device level, in the first step and when steps repeat.
 
     On a GPU the caching allocator is simulated, so *allocated* counts blocks as PyTorch's counter does. On a CPU
     nothing rounds or caches: reserved equals allocated, and device use is not predicted beyond it.
+
+    ``level="allocated"``: several times faster, without that simulation. The levels above are then lower bounds, and
+    whether the run fits is not said.
     """
+    with _collector_paused():
+        if level == MemoryLevel.ALLOCATED:
+            prediction = _all_ranks(cfg, None, simulated=False)
+            if cfg.hardware.device_type == "cuda":
+                prediction.assumptions.append(ALLOCATED_ONLY)
+            return prediction
+        return _with_allocator(cfg)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Replaying makes many objects and few cycles: looking for those takes a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _with_allocator(cfg: RunConfig) -> Prediction:
     prediction = _all_ranks(cfg, None)
     limit = allocator_limit_bytes(cfg) if cfg.memory_limit_bytes or cfg.hardware.capacity_bytes else None
     if limit is not None:
@@ -36,9 +70,9 @@ def predict(cfg: RunConfig) -> Prediction:
     return prediction
 
 
-def _all_ranks(cfg: RunConfig, limit_bytes: int | None) -> Prediction:
+def _all_ranks(cfg: RunConfig, limit_bytes: int | None, simulated: bool = True) -> Prediction:
     """``limit_bytes``: on what the allocator reserves, and enough to come through; None: none."""
-    runs = [_replay(cfg, rank, limit_bytes) for rank in Replay(cfg).rule.ranks()]
+    runs = [_replay(cfg, rank, limit_bytes, simulated) for rank in Replay(cfg).rule.ranks()]
     first, steady, states, managed = zip(*runs, strict=True)
     worst = max(range(len(runs)), key=lambda i: steady[i].allocated_bytes)
     said = assumptions(cfg, max(managed))
@@ -56,25 +90,37 @@ def _refusal(limit_bytes: int, refused: Exhaustion) -> str:
 
 
 def _replay(
-    cfg: RunConfig, rank: int, limit_bytes: int | None
+    cfg: RunConfig, rank: int, limit_bytes: int | None, simulated: bool
 ) -> tuple[StepPrediction, StepPrediction, MemoryBreakdown, int]:
     """One rank: its first step, its steady step, its states, and the bytes of those in managed memory.
 
     ``limit_bytes``: on reserved bytes; enough to come through.
     """
-    replay = Replay(cfg, rank)
-    replay.build()
-    steady = min(replay.rule.steady_step, cfg.train.steps - 1)
-    for _ in range(steady + 1):
-        replay.step()
-    events = replay.trace.events
-    simulation = simulate(events, replay.trace.next_id, limit_bytes) if replay.gpu else None
-    # What persists is read before zero_grad drops the gradients.
-    before = [start for phase, start, _ in spans_of(events, steady) if phase is StepPhase.ZERO_GRAD]
-    moment = categories_at(events, before[:1])[0]
+    replay = replay_steps(cfg, rank)
+    trace, steady = replay.trace, replay.done - 1
+    simulation: Simulation | None = None
+    timeline = tensors = Timeline(trace.events, trace.segments)
+    if replay.gpu and simulated:
+        events = spelled_out(trace.events, trace.segments)
+        simulation = simulate(events, trace.next_id, limit_bytes)
+        timeline = Timeline(events, sizes=simulation.block_bytes, curve=simulation.allocated)
+    first_phases, steady_phases = timeline.phases([0, steady])
+    # What persists is read before zero_grad drops the gradients, and counts tensors without their blocks' rests.
+    before = [start for phase, start, _ in tensors.spans[steady] if phase is StepPhase.ZERO_GRAD]
+    moment = tensors.moments(before[:1])[0]
     states = MemoryBreakdown({c: moment.categories[c] for c in STATE_CATEGORIES if moment.categories[c]})
-    managed = replay.rule.optimizer.managed_bytes
-    return _step(cfg, replay, simulation, 0), _step(cfg, replay, simulation, steady), states, managed
+    optimizer = replay.rule.optimizer
+    outside = outside_allocator_bytes(cfg) + optimizer.managed_device_bytes
+
+    def step(index: int, by_phase: dict[StepPhase, PhasePrediction]) -> StepPrediction:
+        peak = max((p.peak for p in by_phase.values()), key=lambda m: m.total_bytes)
+        reserved = peak.total_bytes
+        if simulation:
+            reserved = max(simulation.reserved[i] for _, start, end in timeline.spans[index] for i in (start, end))
+        return StepPrediction(peak.total_bytes, reserved, reserved + outside, peak.categories, by_phase)
+
+    trace.events.clear()  # the largest part of a replay, which waits for the collector with the rest of it
+    return step(0, first_phases), step(steady, steady_phases), states, optimizer.managed_bytes
 
 
 def _worst(ranks: Sequence[StepPrediction]) -> StepPrediction:
@@ -89,15 +135,3 @@ def _worst(ranks: Sequence[StepPrediction]) -> StepPrediction:
     }
     reserved, device = max(r.reserved_bytes for r in ranks), max(r.device_used_bytes for r in ranks)
     return StepPrediction(top.allocated_bytes, reserved, device, top.categories, by_phase)
-
-
-def _step(cfg: RunConfig, replay: Replay, simulation: Simulation | None, step: int) -> StepPrediction:
-    events = replay.trace.events
-    sizes = simulation.block_bytes if simulation else None
-    by_phase: dict[StepPhase, PhasePrediction] = phases(events, step, sizes)
-    peak = max((p.peak for p in by_phase.values()), key=lambda m: m.total_bytes)
-    reserved = peak.total_bytes
-    if simulation:
-        reserved = max(simulation.reserved[i] for _, start, end in spans_of(events, step) for i in (start, end))
-    device = reserved + outside_allocator_bytes(cfg) + replay.rule.optimizer.managed_device_bytes
-    return StepPrediction(peak.total_bytes, reserved, device, peak.categories, by_phase)

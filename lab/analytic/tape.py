@@ -74,6 +74,14 @@ class Storage:
         self.live = False
         self.resize(True)
 
+    @classmethod
+    def adopted(cls, trace: Trace, ident: int, nbytes: int, category: MemoryCategory, label: str) -> Storage:
+        """The owner of bytes that an event has allocated already."""
+        storage = cls.__new__(cls)
+        storage.trace, storage.nbytes, storage.category, storage.label = trace, nbytes, category, label
+        storage.id, storage.size, storage.live = ident, -(-nbytes // trace.alignment) * trace.alignment, True
+        return storage
+
     def resize(self, live: bool) -> None:
         """Give the bytes back while references remain, or take them again (untyped_storage().resize_)."""
         trace, nbytes = self.trace, self.nbytes

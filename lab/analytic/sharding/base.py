@@ -23,6 +23,7 @@ class Rule:
     steady_step = 2
     deepspeed = False  # its engine always divides the loss by the micro-steps and multiplies it by the loss scale
     always_divides_loss = False  # Accelerate's backward divides by the micro-steps even where there is one
+    hook_nodes = False  # ``enter`` gives a tensor that needs a gradient a node of its own, ``leave`` every tensor
     linear_keeps_parameter = False  # DeepSpeed's LinearFunctionForZeroStage3, see Ops.linear
 
     def __init__(self, cfg: RunConfig, tape: Tape, specs: list[ParameterSpec]) -> None:

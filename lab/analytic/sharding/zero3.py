@@ -44,6 +44,7 @@ ALL_GATHER_STREAM = 1  # DeepSpeedZeRoOffload.__allgather_stream, with overlap_c
 class Zero3(DeepSpeedRule):
     """Stage 3: every parameter is cut over the ranks, gathered around its modules, its gradient reduce-scattered."""
 
+    hook_nodes = True
     linear_keeps_parameter = True
 
     def __init__(self, cfg: RunConfig, tape: Tape, specs: list[ParameterSpec]) -> None:
