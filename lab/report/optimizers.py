@@ -16,10 +16,10 @@ from lab.vocab import MemoryCategory, StepPhase
 STATES, STEP = MemoryCategory.OPTIMIZER_STATES, StepPhase.OPTIMIZER_STEP
 _SHOWN_WHERE_DIFFERENT = ("model.name", "precision.kind", "parallel.strategy", "world_size")
 NOTE = (
-    "Predicted / measured, on the GPU that holds most. B/param: bytes per GPU over the whole model's parameters; "
-    "states: tensors in PyTorch's allocator; managed: paged states, in CUDA managed memory outside it. "
-    "Step's own: peak in the optimizer's step less what is allocated at its end. Error: peak of the steady step, predicted / measured - 1. "
-    "GiB = 2^30 bytes."
+    "Predicted / measured, on the GPU that holds most. B/param: bytes per GPU over the whole model's parameters. "
+    "States: tensors in PyTorch's allocator; managed: paged states, in CUDA managed memory outside it. Step's own: "
+    "peak in the optimizer's step less what is allocated at its end, GiB = 2^30 bytes. Error: peak of the steady "
+    "step, predicted / measured - 1."
 )
 
 
