@@ -52,11 +52,8 @@ def category_errors(
         category = _MOMENTS.get(r.where)
         if category and (category not in largest or abs(difference(r)) > abs(difference(largest[category]))):
             largest[category] = r
-    out = [
-        CategoryError(c.value, source, label, r.where, difference(r), peak)
-        for c in MemoryCategory
-        if (r := largest.get(c.value)) is not None
-    ]
+    found_ones = [(c.value, largest[c.value]) for c in MemoryCategory if c.value in largest]
+    out = [CategoryError(name, source, label, r.where, difference(r), peak) for name, r in found_ones]
     if unattributed_bytes is not None:
         out.append(CategoryError(UNATTRIBUTED, source, label, "phase end", unattributed_bytes, peak))
     return out
