@@ -12,10 +12,11 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from lab.analytic.allocator import simulate
 from lab.analytic.architecture import ParameterSpec, parameters
-from lab.analytic.decoder import Decoder
+from lab.analytic.families.names import in_lab_words
 from lab.analytic.optimizers_8bit import PAGED_FROM
 from lab.analytic.sources import NAMED, parameter_of, source_of
 from lab.analytic.step import Replay
@@ -68,26 +69,27 @@ class Explanation:
     unknown_labels: list[str]
 
 
-class _LayeredDecoder(Decoder):
+class _LayeredReplay(Replay):
     """Notes the events during which each block ran, in forward and in recomputation."""
 
     spans: list[tuple[int, int, int]]
 
-    def block(self, i: int, x: Tensor) -> Tensor:
-        events = self.ops.tape.trace.events
-        start = len(events)
-        try:
-            return super().block(i, x)
-        finally:
-            self.spans.append((start, len(events), i))
-
-
-class _LayeredReplay(Replay):
     def build(self) -> None:
         super().build()
-        self.layered = _LayeredDecoder(self.cfg, self.ops, self.rule.parameters, self.rule)
-        self.layered.spans = []
-        self.decoder = self.layered
+        self.spans = []
+        name = "block" if self.cfg.model.family == "lab" else "layer"
+        run = getattr(self.decoder, name)
+
+        def noted(i: int, *arguments: Any) -> Tensor:
+            events = self.trace.events
+            start = len(events)
+            try:
+                out: Tensor = run(i, *arguments)
+                return out
+            finally:
+                self.spans.append((start, len(events), i))
+
+        setattr(self.decoder, name, noted)
 
 
 @dataclass
@@ -179,7 +181,7 @@ def live_at(replay: Replay, index: int, sizes: Sequence[int] | None) -> list[Liv
     for i, (kind, ident, nbytes, category, label, _) in enumerate(replay.trace.events[: index + 1]):
         if kind == ALLOC:
             block = nbytes if sizes is None else sizes[ident]
-            live[ident] = Live(ident, i, MemoryCategory(category), label, nbytes, block)
+            live[ident] = Live(ident, i, MemoryCategory(category), in_lab_words(label), nbytes, block)
         elif kind == FREE:
             del live[ident]
         elif kind == MOVE:
@@ -215,9 +217,9 @@ def described(
 ) -> Iterator[tuple[Live, int | None, Item]]:
     """(storage, layer, what it is). The layer is None for what belongs to no block or to all of them."""
     values = values_of(cfg)
-    specs = {s.name: s for s in parameters(cfg.model)}
-    owners = _owners(replay)
-    layer_at = _layer_finder(replay.layered.spans)
+    specs = {in_lab_words(s.name): s for s in parameters(cfg.model)}
+    owners = {ident: in_lab_words(name) for ident, name in _owners(replay).items()}
+    layer_at = _layer_finder(replay.spans)
     for storage in storages:
         rule = source_of(storage.label)
         name = parameter_of(storage.label) or owners.get(storage.ident)

@@ -22,8 +22,10 @@ _FSDP = "torch distributed/fsdp/_fully_shard/_fsdp_collectives.py"
 _BNB, _ADAFACTOR = "bitsandbytes optim/optimizer.py", "torch optim/_adafactor.py"
 _EMBEDDING = "torch aten native/cuda/EmbeddingBackwardKernel.cu"
 _REDUCE = "torch aten native/cuda/Reduce.cuh"
-_PARAM = r"(?P<parameter>(?:blocks\.\d+\.[a-z_.]+|embedding|position|norm|head)[. ](?:weight bias|weight|bias))"
+_PARAM = r"(?P<parameter>(?:blocks\.\d+\.[a-z_.0-9]+|embedding|position|norm|head)[. ](?:weight bias|weight|bias))"
 _NORM = r"(?:blocks\.\d+\.(?:attention_norm|mlp_norm)|norm)"
+_HEAD_NORM = r"blocks\.\d+\.attention\.[qk]_norm"  # Qwen3
+_HF, _MASKS = "transformers models/*/modeling_*.py", "transformers masking_utils.py"
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,12 @@ SOURCES: tuple[Source, ...] = (
     _rule("Adafactor .*", NAMED, "of one parameter, or of all (foreach)", "", _ADAFACTOR),
     # -- gradients ---------------------------------------------------------------------------------
     _rule(f"gradient of {_PARAM}", NAMED, "gradient as the backward makes it", "w"),
-    _rule("accumulated gradient", NAMED, "sum of two gradients", f"{_X} | {_Q} | {_KV} | v * h | s * h | c * h | 1"),
+    _rule(
+        "accumulated gradient",
+        NAMED,
+        "sum of two gradients",
+        f"{_X} | {_Q} | {_KV} | {_INNER} | v * h | s * h | c * h | 1",
+    ),
     _rule("FSDP sharded gradient", NAMED, "reduce-scatter's output, one unit", "U", _FSDP),
     _rule("grads_in_partition", ALL, "whole size of the parameters that overlap the partition", "", _STAGE12),
     _rule("partition padding", ALL, "zeros up to the partition's size", "", _STAGE12),
@@ -109,6 +116,12 @@ SOURCES: tuple[Source, ...] = (
     _rule("rope (?:cos|sin)", ATTENTION, "rotary table", "s * d", "lab/model"),
     _rule("position ids", "position", "indices", "s", "lab/model", 8),
     _rule("position", "position", "rows of the position table", "s * h", "lab/model"),
+    _rule("position (?:differences|jumps)|packed sequence indices", "position", "check", "b * s | b * (s + 1)", _MASKS),
+    _rule("(?:padded|shifted) labels", HEAD, "int64", "b * s | b * (s + 1)", "transformers loss/loss_utils.py", 8),
+    _rule("rotary frequencies", ATTENTION, "buffer inv_freq", "d // 2", _HF, 4),
+    _rule("rotary (?:positions|angles|cos|sin)", ATTENTION, "rotary table", "s * d | s * d // 2 | s", _HF),
+    _rule("embedding scale", EMBEDDING, "Gemma's embed_scale", "1", _HF),
+    _rule("mask (?:indices|zero)", ATTENTION, "for the additive mask", "s | b | 1", _MASKS),
     _rule("embedding sum summed gradient", "position", "gradient of the position rows", "s * h"),
     _rule("embedding.*(?:mask)", EMBEDDING, "dropout mask", _X, _DERIVATIVES, 1),
     _rule("embedding.*", EMBEDDING, "embedding, its sum or dropout", _X),
@@ -127,6 +140,11 @@ SOURCES: tuple[Source, ...] = (
     _rule("chunk gradients", HEAD, "gradient of the chunks' input", _X),
     _rule("(?:log-softmax|logits).*", HEAD, "logits, log-softmax, or gradient; one chunk at a time", "c * v"),
     # -- norms -----------------------------------------------------------------------------------------
+    _rule(f"{_NORM} weight(?:, fp32| plus one).*", NAMED, "Gemma's 1 + weight", "h", _HF),
+    _rule(
+        f"{_HEAD_NORM} (?:rstd|mean square|rstd gradient)", ATTENTION, "a number per head", "b * s * n | b * s * k", _HF
+    ),
+    _rule(f"{_HEAD_NORM}(?: .*)?", ATTENTION, "norm per head", f"{_Q} | {_KV}", _HF),
     _rule(f"{_NORM} (?:rstd|mean|mean square|rstd gradient)", NAMED, "a number per row", "b * s"),
     _rule(f"{_NORM}(?: .*)?", NAMED, "norm: output, gradient, or a step of it", _X),
     # -- attention -------------------------------------------------------------------------------------
@@ -139,7 +157,7 @@ SOURCES: tuple[Source, ...] = (
     _rule("attention projection", ATTENTION, "output projection", _X),
     _rule("log-sum-exp", ATTENTION, "per query row", "b * n * s | b * n * up(s, 32)", "torch attention.cu", 4),
     _rule("attention random state", ATTENTION, "seed, offset", "1", "torch attention.cu", 8),
-    _rule("(?:additive )?causal mask", ATTENTION, "mask", "s * s", "torch transformers/attention.cpp"),
+    _rule("(?:additive )?causal mask", ATTENTION, "mask", "s * s | b * s * s", "torch transformers/attention.cpp"),
     _rule("masked rows", ATTENTION, "_safe_softmax", "b * n * s", "torch transformers/attention.cpp", 1),
     _rule("attention dropout mask|masked scores, bool", ATTENTION, "a bool per score", _SQUARE, _DERIVATIVES, 1),
     _rule(

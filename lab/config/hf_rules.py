@@ -36,8 +36,8 @@ def check_hf(cfg: RunConfig) -> None:
         raise ConfigError(
             "attention",
             "mem_efficient",
-            f"transformers passes {model.num_kv_heads} key/value heads for {model.num_heads} query heads to the kernel, "
-            "which refuses that; use auto, flash or cudnn",
+            f"transformers passes {model.num_kv_heads} key/value heads for {model.num_heads} query heads to the "
+            "kernel, which refuses that; use auto, flash or cudnn",
         )
     if not model.random_weights:
         check_checkpoint(str(model.path), model.allow_pickle)

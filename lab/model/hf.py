@@ -77,9 +77,9 @@ class HFCausalLM(nn.Module):
         checkpoint, key = self.checkpoint, name.removeprefix("hf.")
         return lambda: checkpoint.read(key)
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]
     def materialise_buffers(self, device: torch.device) -> None:
-        """Every buffer on ``device``, with its value; existing ones are overwritten (FSDP's to_empty leaves rubbish)."""
+        """Every buffer on ``device`` with its value; existing ones are written anew (FSDP's to_empty empties them)."""
         for module in self.hf.modules():
             names = [name for name, buffer in module.named_buffers(recurse=False) if buffer is not None]
             if not names:
@@ -152,7 +152,7 @@ def check_hf_model(cfg: RunConfig) -> None:
 
 
 def _enable_checkpointing(cfg: RunConfig, hf: Any) -> None:
-    """gradient_checkpointing_enable, non-reentrant, of all blocks or of blocks 0, k, 2k, ...; the rules refuse others."""
+    """gradient_checkpointing_enable, non-reentrant: all blocks, or blocks 0, k, 2k, ... The rules refuse others."""
     if cfg.checkpointing.kind is Checkpointing.NONE:
         return
     if not getattr(hf, "supports_gradient_checkpointing", False):

@@ -42,7 +42,7 @@ class Checkpoint:
             from safetensors import safe_open
 
             for file in self._files:
-                opened = safe_open(file, framework="pt")  # mapped, read when a tensor is asked for
+                opened: Any = safe_open(file, framework="pt")  # mapped, read when a tensor is asked for
                 self._file_of |= dict.fromkeys(opened.keys(), opened)
         tensor: Tensor = self._file_of[key].get_tensor(key)
         return tensor
@@ -77,7 +77,9 @@ def _match(path: str, model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> d
     for name, key in known.items():
         if shapes[key] != wanted[name]:
             raise ConfigError(
-                "model.path", path, f"{key} is {list(shapes[key])} in the checkpoint, {list(wanted[name])} in config.json"
+                "model.path",
+                path,
+                f"{key} is {list(shapes[key])} in the checkpoint, {list(wanted[name])} in config.json",
             )
     ties = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(wanted)
     ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
@@ -85,10 +87,15 @@ def _match(path: str, model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> d
     extra = [
         key
         for key in shapes
-        if key not in read and key not in ties and not key.endswith("inv_freq") and not any(p.search(key) for p in ignored)
+        if key not in read
+        and key not in ties
+        and not key.endswith("inv_freq")
+        and not any(p.search(key) for p in ignored)
     ]
     if extra:
-        raise ConfigError("model.path", path, f"the checkpoint has {_some(extra)}, which {type(model).__name__} has not")
+        raise ConfigError(
+            "model.path", path, f"the checkpoint has {_some(extra)}, which {type(model).__name__} has not"
+        )
     return known
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from lab.analytic import predict
 from lab.analytic.explain import MOMENTS, PEAK, Live, _LayeredReplay, described, explain
+from lab.analytic.families.names import in_lab_words
 from lab.analytic.sources import SOURCES, parameter_of, source_of
 from lab.analytic.symbols import evaluations, names_in, values_of
 from lab.analytic.tape import ALLOC, FREE
@@ -28,6 +29,7 @@ OPTIONS = {
     "selective": ["checkpointing=selective", "precision=bf16_pure"],
     "gpt2": [*GPT2, "model.tied_head=true", "model.dropout=0.1"],
     "in place": ["loss=in_place"],
+    "no upcast": ["loss=no_upcast"],
     "in place, fp32": ["loss=in_place", "precision=fp32"],
     "eager, GQA": ["attention=eager", "model.num_kv_heads=2"],
     "math": ["attention=math", "model.num_kv_heads=2", "precision=fp32"],
@@ -91,7 +93,7 @@ def test_every_formula_gives_the_bytes_of_its_tensor(strategy: Strategy, options
     start = min(first for _, first, _ in spans_of(events, replay.rule.steady_step))
     freed = {e[1] for e in events[:start] if e[0] == FREE}
     storages = [
-        Live(e[1], i, MemoryCategory(e[3]), e[4], e[2], e[2])
+        Live(e[1], i, MemoryCategory(e[3]), in_lab_words(e[4]), e[2], e[2])
         for i, e in enumerate(events)
         if e[0] == ALLOC and e[1] not in freed
     ]

@@ -37,10 +37,7 @@ def eager_attention(
     weights = _heads_product(ops, q, k, a.weights_numel, "attention scores", a)
     weights = ops._unary(weights, "scaled scores", False, "scaled scores gradient")
     weights = ops.add(weights, mask, "masked scores", broadcast=True)
-    if not gpt2 or ops.amp is not None:
-        wide = ops.cast(weights, FP32, "scores, fp32")
-    else:
-        wide = weights
+    wide = ops.cast(weights, FP32, "scores, fp32") if ops.amp is not None or not gpt2 else weights
     soft = _softmax(ops, wide, "attention weights")
     del wide, weights
     weights = ops.cast(soft, value_size if gpt2 else query_size, "attention weights")
@@ -72,6 +69,6 @@ def _heads_product(
     del given
     if not whole_x and a.b > 1:
         x = _copy(ops, x, label + " operand")
-    if expanded or (a.n == a.k and a.b > 1):
+    if (expanded or a.n == a.k) and a.b > 1:
         y = _copy(ops, y, label + " operand")
     return _matmul(ops, x, y, numel, label, grad_copy=numel if whole_x else 0)

@@ -39,7 +39,7 @@ class Llama(HFDecoder):
         x = self._embedding(embedding_module(self.cfg.model), self.rows)
         if self.cfg.model.family != "gemma":
             return x
-        # embed_scale.to(weight.dtype): the buffer itself, unless FSDP gathers the weight in another type than it stores.
+        # embed_scale.to(weight.dtype): the buffer itself, unless FSDP gathers the weight in another type.
         cast = self.cfg.parallel.strategy.is_fsdp and self.cfg.precision.kind in (
             Precision.BF16_MIXED,
             Precision.FP16_MIXED,

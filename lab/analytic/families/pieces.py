@@ -70,7 +70,7 @@ def apply_rotary(ops: Ops, x: Tensor, cos: Tensor, sin: Tensor, label: str) -> T
 
 
 def _rstd(ops: Ops, wide: Tensor, rows: int, label: str, named: list[Tensor]) -> Tensor:
-    """rsqrt(wide.pow(2).mean(-1) + eps). Keeps wide and the result. ``named`` gets the mean where a variable holds it."""
+    """rsqrt(wide.pow(2).mean(-1) + eps). Keeps wide and the result. ``named[0]`` becomes the mean, if a variable is."""
     tape, numel = ops.tape, wide.numel
 
     def pow_backward(grads: Grads) -> Grads:  # grad * (2 * x ** 1)
@@ -274,7 +274,7 @@ def conv1d(ops: Ops, x: Tensor, w: Parameter, b: Parameter, rows: int, label: st
     return y
 
 
-def causal_lm_loss(ops: Ops, logits: Tensor, batch: int, rows: int) -> Tensor:
+def causal_lm_loss(ops: Ops, logits: Tensor, batch: int, rows: int, counted: bool = False) -> Tensor:
     """ForCausalLMLoss (loss/loss_utils.py): logits.float(), labels padded by one and shifted, mean cross entropy.
 
     Keeps the log-softmax and the shifted labels. The caller's logits live on, and so do the fp32 ones, until the
@@ -283,7 +283,8 @@ def causal_lm_loss(ops: Ops, logits: Tensor, batch: int, rows: int) -> Tensor:
     tape, numel = ops.tape, logits.numel
     wide = ops.cast(logits, FP32, "logits, fp32")
     padded = ops.new(rows + batch, INT64, "padded labels")
-    shifted = ops.new(rows, INT64, "shifted labels")
+    # labels[..., 1:].contiguous(): of one sequence it is contiguous as it is.
+    shifted = ops.new(rows, INT64, "shifted labels") if batch > 1 else padded
     node = tape.node([wide], lambda _: [tape.new(numel, FP32, "logits gradient", LOSS)])
     log_softmax = ops.new(numel, FP32, "log-softmax", LOSS)
     if node is not None:
@@ -296,5 +297,7 @@ def causal_lm_loss(ops: Ops, logits: Tensor, batch: int, rows: int) -> Tensor:
     if nll is not None:
         tape.save(nll, ops.new(1, FP32, "total weight", LOSS))
     loss.node = nll
+    if counted:  # fixed_cross_entropy: the sum over num_items_in_batch
+        loss = ops.scale(loss, "loss over items")
     del wide, padded, shifted
     return loss
