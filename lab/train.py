@@ -117,6 +117,7 @@ def train_and_measure(state: RunState, place: Place) -> tuple[list[RankMeasureme
     from lab.data import make_batches
     from lab.loop import Losses, live_tensors, train
     from lab.measure import gather, make_meter
+    from lab.parallel.saving import save_trained_adapter
     from lab.progress import Progress
     from lab.track import make_tracker
     from lab.transforms.bnb_optimizers import managed_bytes, paged_notes
@@ -145,6 +146,8 @@ def train_and_measure(state: RunState, place: Place) -> tuple[list[RankMeasureme
     measurement.managed_bytes = managed_bytes(cfg.optimizer, device)
     meter.stop()
     ranks = gather(measurement, cfg.world_size)
+    if cfg.adapter.save:
+        save_trained_adapter(engine, folder.path / "adapter")
     engine.close()
     return ranks, clock.step_seconds
 

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 from lab.config.accelerate import check_engine
 from lab.config.errors import ConfigError
+from lab.config.finetuning import check_finetuning
 from lab.config.hf_rules import check_hf
 from lab.config.limits import check_limits
 from lab.config.schema import RunConfig
@@ -27,6 +28,7 @@ def check_rules(cfg: RunConfig) -> None:
         rule(cfg)
     check_engine(cfg)
     check_hf(cfg)
+    check_finetuning(cfg)
 
 
 def _model(cfg: RunConfig) -> None:

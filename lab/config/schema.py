@@ -131,7 +131,7 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    kind: str = "cross_entropy"  # cross_entropy | in_place | chunked
+    kind: str = "cross_entropy"  # cross_entropy | no_upcast | in_place | chunked
     num_chunks: int = 8  # kind=chunked: token chunks whose logits exist one at a time
 
 
@@ -155,7 +155,7 @@ class AdapterConfig:
     alpha: float = 32.0  # the adapter's output is multiplied by alpha / rank
     dropout: float = 0.05  # of the adapter's input
     target_modules: tuple[str, ...] = ("all-linear",)  # all Linears but the head; or names, last parts of names
-    train_embeddings: bool = False  # the token embedding is trained too, as it is (peft's modules_to_save)
+    train_embeddings: bool = False  # the token embedding is trained too, itself and not a copy
     prepare_kbit: bool = True  # upcast half-precision parameters beside a quantized base to fp32, as peft does
     save: bool = False  # write the trained adapter to the run folder's adapter/
     load: str | None = None  # folder of a saved adapter to start from

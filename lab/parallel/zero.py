@@ -107,6 +107,14 @@ class ZeroEngine:
         yield from cached_tensors(self.engine.module)
         yield from quantized_tensors(self.engine.module)
 
+    def whole(self, parameter: nn.Parameter) -> Tensor:
+        """The parameter's whole value; under stage 3 every rank gathers it."""
+        if self.cfg.parallel.strategy.zero_stage < 3:
+            return parameter.data
+        deepspeed = import_deepspeed(self.device)
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.data.clone()
+
     def unseen_allocations(self) -> Iterator[tuple[MemoryCategory, int]]:
         return iter(())
 

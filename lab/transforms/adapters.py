@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from lab.config import AdapterConfig, ConfigError
+from lab.config.finetuning import ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from lab.transforms.quantization import is_quantized
 
 ALL_LINEAR = "all-linear"
 NAME = "default"  # peft's name of an only adapter
-WEIGHTS, PICKLE, EMBEDDING = "adapter_model.safetensors", "adapter_model.bin", "embedding.safetensors"
+EMBEDDING = "embedding.safetensors"
 
 
 def import_peft() -> Any:
@@ -59,6 +60,8 @@ def apply_adapter(model: nn.Module, cfg: AdapterConfig, embedding: str = "embedd
     model.__dict__["peft_wrapper"] = wrapper  # not a submodule: names stay as they are
     if cfg.train_embeddings:
         model.get_submodule(embedding).requires_grad_(True)
+    if cfg.load is not None:
+        use_saved_adapter(model, cfg, embedding)
     return model
 
 
@@ -95,46 +98,75 @@ def _dora_without_values(peft: Any) -> Iterator[None]:
         dora.dequantize_module_weight = original
 
 
-def adapter_state(model: nn.Module, whole: Callable[[Tensor], Tensor] = lambda t: t) -> dict[str, Tensor]:
-    """The adapter's tensors on the host under peft's names; ``whole`` gathers a sharded one (every rank calls it)."""
+def adapter_state(model: nn.Module, whole: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+    """The adapter's tensors on the host, named as in peft's state dict; ``whole`` gathers one (every rank calls it)."""
     return {
-        f"base_model.model.{name.replace(f'.{NAME}', '')}": whole(p.detach()).cpu().contiguous()
-        for name, p in model.named_parameters()
-        if f".{NAME}" in name
+        f"base_model.model.{name}": whole(parameter).detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if f".{NAME}." in name
     }
 
 
 def save_adapter(model: nn.Module, folder: Path, state: dict[str, Tensor], embedding: Tensor | None = None) -> None:
-    """peft's save_pretrained of the given tensors: adapter_model.safetensors and adapter_config.json."""
-    named = {k.replace(".weight", f".{NAME}.weight"): v for k, v in state.items()}
+    """peft's save_pretrained of the given tensors: adapter_model.safetensors and adapter_config.json.
+
+    A trained token embedding goes beside them, to embedding.safetensors.
+    """
+    from safetensors.torch import save_file
+
     model.__dict__["peft_wrapper"].save_pretrained(
-        str(folder), safe_serialization=True, state_dict=named, save_embedding_layers=False
+        str(folder), safe_serialization=True, state_dict=state, save_embedding_layers=False
     )
     if embedding is not None:
-        from safetensors.torch import save_file
-
-        save_file({"weight": embedding.cpu().contiguous()}, folder / EMBEDDING)
+        save_file({"weight": embedding.detach().cpu().contiguous()}, folder / EMBEDDING)
 
 
-def read_adapter(cfg: AdapterConfig) -> dict[str, Tensor]:
-    """Tensors of a saved adapter, peft's names. ConfigError: missing, corrupt, or a pickle that nobody asked for."""
+def use_saved_adapter(model: nn.Module, cfg: AdapterConfig, embedding: str) -> None:
+    """Let a meta model's adapter start from ``adapter.load``: materialising takes its values from ``saved_adapter``.
+
+    ConfigError where its tensors are not those of this adapter.
+    """
     assert cfg.load is not None
-    folder = Path(cfg.load)
-    safe, pickled = folder / WEIGHTS, folder / PICKLE
-    if not safe.is_file() and not pickled.is_file():
-        raise ConfigError("adapter.load", cfg.load, f"a folder with {WEIGHTS}, as adapter.save=true writes it")
-    if not safe.is_file() and not cfg.allow_pickle:
-        raise ConfigError(
-            "adapter.load",
-            cfg.load,
-            f"holds {PICKLE} only, and a pickle may run code: adapter.allow_pickle=true reads it",
-        )
-    try:
-        if safe.is_file():
-            from safetensors.torch import load_file
+    wanted = {n: p for n, p in model.named_parameters() if f".{NAME}." in n}
+    found = read_adapter(cfg.load)
+    saved: dict[str, Tensor] = {}
+    for name, parameter in wanted.items():
+        tensor = next((found[key] for key in _saved_names(name) if key in found), None)
+        if tensor is None or tensor.shape != parameter.shape:
+            what = "has no" if tensor is None else f"has {list(tensor.shape)}, not {list(parameter.shape)}, for"
+            raise ConfigError("adapter.load", cfg.load, f"{what} {name}: adapter.rank and target_modules must match it")
+        saved[name] = tensor
+    if len(found) != len(wanted):
+        raise ConfigError("adapter.load", cfg.load, f"has {len(found)} tensors, this adapter {len(wanted)}")
+    trained = Path(cfg.load) / EMBEDDING
+    if cfg.train_embeddings and trained.is_file():
+        saved[f"{embedding}.weight"] = _load_safetensors(cfg.load, trained)["weight"]
+    model.__dict__["saved_adapter"] = saved
 
-            return dict(load_file(safe))
-        return dict(torch.load(pickled, map_location="cpu", weights_only=True))
+
+def _saved_names(name: str) -> tuple[str, str]:
+    """peft leaves its adapter's name out, and ``.weight`` of DoRA's magnitudes."""
+    plain = "base_model.model." + name.replace(f".{NAME}.", ".")
+    return plain, plain.removesuffix(".weight")
+
+
+def read_adapter(load: str) -> dict[str, Tensor]:
+    """Tensors of a saved adapter under peft's names. What may be read was checked with the configuration."""
+    safe = Path(load) / ADAPTER_WEIGHTS
+    if safe.is_file():
+        return _load_safetensors(load, safe)
+    try:
+        return dict(torch.load(Path(load) / ADAPTER_PICKLE, map_location="cpu", weights_only=True))
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
-        raise ConfigError("adapter.load", cfg.load, f"a readable adapter; it is corrupt ({first})") from None
+        raise ConfigError("adapter.load", load, f"{ADAPTER_PICKLE} is corrupt ({first})") from None
+
+
+def _load_safetensors(load: str, path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise ConfigError("adapter.load", load, f"{path.name} is corrupt ({first})") from None

@@ -1,0 +1,156 @@
+"""Rules of quantization and adapters: what bitsandbytes, peft and the strategies refuse, before anything starts."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+from lab.config.errors import ConfigError
+from lab.config.schema import ModelConfig, RunConfig
+from lab.vocab import Precision, Strategy
+
+BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes, backends/cuda/ops.py
+ADAPTER_WEIGHTS, ADAPTER_PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+_LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
+
+
+def check_finetuning(cfg: RunConfig) -> None:
+    """Raise ConfigError for the first rule of quantization or adapters that ``cfg`` breaks."""
+    if cfg.quantization.kind != "none":
+        _quantization(cfg)
+        _quantized_strategy(cfg)
+    if cfg.adapter.kind != "none":
+        _adapter(cfg)
+    elif cfg.adapter.save or cfg.adapter.load is not None:
+        raise ConfigError(
+            "adapter", "none", "adapter.save and adapter.load need an adapter: adapter=lora or adapter=dora"
+        )
+    if cfg.adapter.load is not None:
+        check_saved_adapter(cfg.adapter.load, cfg.adapter.allow_pickle)
+
+
+def linear_names(model: ModelConfig) -> tuple[str, ...]:
+    """Last parts of the names of the lab's own Linears."""
+    attention = ("qkv_proj",) if model.fused_qkv else ("q_proj", "k_proj", "v_proj")
+    gate = ("gate_proj",) if model.mlp == "swiglu" else ()
+    return (*attention, "o_proj", *gate, "up_proj", "down_proj")
+
+
+def _quantization(cfg: RunConfig) -> None:
+    q, precision = cfg.quantization, cfg.precision.kind
+    if cfg.adapter.kind == "none":
+        raise ConfigError(
+            "quantization", q.kind, "packed weights cannot be trained: set adapter=lora (or dora), or quantization=none"
+        )
+    if cfg.adapter.kind == "dora":
+        raise ConfigError(
+            "adapter",
+            "dora",
+            f"needs its base's row norms, which quantization={q.kind} changes after they are drawn; "
+            "use adapter=lora, or quantization=none",
+        )
+    if q.kind != "int8" and q.block_size not in BLOCK_SIZES:
+        raise ConfigError("quantization.block_size", q.block_size, f"one of {', '.join(map(str, BLOCK_SIZES))}")
+    half = {Precision.BF16_MIXED: "bf16", Precision.FP16_MIXED: "fp16"}.get(precision)
+    if q.kind != "int8" and half is not None and q.compute_dtype != half:
+        raise ConfigError(
+            "quantization.compute_dtype",
+            q.compute_dtype,
+            f"precision={precision.value} multiplies in {half}: set {half}",
+        )
+    if cfg.train.compile:
+        raise ConfigError("train.compile", True, "not with quantized layers, whose products PyTorch cannot trace")
+
+
+def _quantized_strategy(cfg: RunConfig) -> None:
+    q, strategy = cfg.quantization, cfg.parallel.strategy
+    if cfg.engine.kind == "accelerate" and strategy is not Strategy.SINGLE and strategy is not Strategy.DDP:
+        raise ConfigError(
+            "engine", "accelerate", f"quantized weights under parallel={strategy.value} run with engine=native only"
+        )
+    if strategy is Strategy.ZERO3:
+        raise ConfigError(
+            "parallel",
+            "zero3",
+            "bitsandbytes keeps a gathered packed weight in its autograd context until the backward is over, so ZeRO-3 "
+            "shards nothing of a quantized base; use parallel=fsdp or zero2",
+        )
+    if strategy.is_fsdp and q.kind == "int8":
+        raise ConfigError(
+            "quantization",
+            "int8",
+            "FSDP2 makes plain parameters of what it cuts, and bitsandbytes' Int8Params loses its "
+            "scales then; use quantization=nf4, or parallel=ddp or zero2",
+        )
+    # What is stored in a float type is cast by whoever casts the model: the packed bytes must not be.
+    casts = {Precision.BF16_MIXED: "bf16", Precision.FP16_MIXED: "fp16"}
+    if strategy.zero_stage:
+        casts |= {Precision.BF16_PURE: "bf16", Precision.FP32: "fp32"}
+    target = casts.get(cfg.precision.kind) if strategy.is_fsdp or strategy.zero_stage else None
+    if q.kind != "int8" and target is not None and q.storage_dtype not in ("uint8", target):
+        raise ConfigError(
+            "quantization.storage_dtype",
+            q.storage_dtype,
+            f"parallel={strategy.value} casts all floating-point parameters to {target}: set {target} or uint8",
+        )
+
+
+def _adapter(cfg: RunConfig) -> None:
+    a = cfg.adapter
+    if not 0.0 <= a.dropout < 1.0:
+        raise ConfigError("adapter.dropout", a.dropout, "a probability, 0 or more and less than 1")
+    if not a.target_modules:
+        raise ConfigError("adapter.target_modules", [], "names of Linears, or all-linear")
+    if cfg.model.family == "lab":
+        known = linear_names(cfg.model)
+        for target in a.target_modules:
+            if target != "all-linear" and target.rpartition(".")[2] not in known:
+                raise ConfigError(
+                    "adapter.target_modules", list(a.target_modules), f"{target} matches no Linear: {', '.join(known)}"
+                )
+    if a.kind == "dora" and cfg.parallel.strategy not in (Strategy.SINGLE, Strategy.DDP):
+        raise ConfigError(
+            "adapter",
+            "dora",
+            f"peft reads whole base weights for their norms, which parallel={cfg.parallel.strategy.value} "
+            "cuts; use adapter=lora, or parallel=single or ddp",
+        )
+    mixed = cfg.precision.kind is Precision.BF16_PURE and a.train_embeddings
+    if mixed and cfg.parallel.strategy.is_fsdp and not (a.prepare_kbit and cfg.quantization.kind != "none"):
+        raise ConfigError(
+            "adapter.train_embeddings",
+            True,
+            "FSDP2 wants one type of trained parameters, and precision=bf16_pure keeps "
+            "the embedding in bf16 beside fp32 adapters; use precision=bf16_mixed",
+        )
+
+
+def check_saved_adapter(load: str, allow_pickle: bool) -> None:
+    """ConfigError: no adapter in the folder, a pickle that nobody asked for, or a file that is cut short."""
+    safe, pickled = Path(load) / ADAPTER_WEIGHTS, Path(load) / ADAPTER_PICKLE
+    if safe.is_file():
+        _check_safetensors(load, safe)
+    elif not pickled.is_file():
+        raise ConfigError("adapter.load", load, f"a folder with {ADAPTER_WEIGHTS}, as adapter.save=true writes it")
+    elif not allow_pickle:
+        raise ConfigError(
+            "adapter.load",
+            load,
+            f"holds {ADAPTER_PICKLE} only, a pickle, which may run code: adapter.allow_pickle=true reads it",
+        )
+
+
+def _check_safetensors(load: str, path: Path) -> None:
+    """The header is JSON and the tensors it lists fill the file (8 bytes of length, the header, the data)."""
+    try:
+        with path.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > _LONGEST_HEADER:
+                raise ValueError("its header is too long")
+            header = json.loads(stream.read(length))
+        end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+        if path.stat().st_size != 8 + length + end:
+            raise ValueError(f"{path.stat().st_size} B, not {8 + length + end}")
+    except (ValueError, KeyError, TypeError, struct.error, OSError) as error:
+        raise ConfigError("adapter.load", load, f"{ADAPTER_WEIGHTS} is corrupt: {error}") from None
