@@ -6,13 +6,14 @@ Names, order and the moments at which local variables are dropped mirror that fi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
 from lab.analytic.attention import AttentionShape, autocast_attention, choose_backend, contiguous
 from lab.analytic.checkpoint import checkpoint
 from lab.analytic.linears import Linears
-from lab.analytic.losses import cross_entropy, in_place_cross_entropy
+from lab.analytic.losses import cross_entropy, cross_entropy_without_upcast, in_place_cross_entropy
 from lab.analytic.norms import rmsnorm_composite
 from lab.analytic.ops import Ops, Parameter
 from lab.analytic.tape import BF16, FP32, Tensor
@@ -44,6 +45,7 @@ class Decoder:
         self.shape = AttentionShape(t.micro_batch_size, t.seq_len, m.num_heads, m.num_kv_heads, m.head_dim)
         self.rows = t.micro_batch_size * t.seq_len
         self.linears = Linears(cfg, ops, params, hooks)
+        self.call: Callable[[int, Tensor], Tensor] | None = None  # in place of call_block (lab.analytic.layers)
         self.rope_tables: list[Tensor] = []
         precision = cfg.precision.kind
         if precision is Precision.BF16_PURE and next(iter(params.values())).tensor.itemsize == FP32:
@@ -140,7 +142,14 @@ class Decoder:
         dropped = self._dropout(y, f"{b}.dropout", "residual dropout") if self.cfg.model.dropout else y
         return self.ops.add(x, dropped, "residual")
 
-    def _checkpointed(self, i: int) -> bool:
+    def call_block(self, i: int, x: Tensor) -> Tensor:
+        """Block i, checkpointed or not."""
+        kind, run = self.cfg.checkpointing.kind, partial(self.block, i)
+        if self.checkpointed(i):
+            return checkpoint(self.ops, run, x, selective=kind is Checkpointing.SELECTIVE)
+        return run(x)
+
+    def checkpointed(self, i: int) -> bool:
         kind = self.cfg.checkpointing.kind
         if kind is Checkpointing.EVERY_K:
             return i % self.cfg.checkpointing.every_k == 0
@@ -164,19 +173,17 @@ class Decoder:
         if cfg.model.position == "rope" and not self.rope_tables:
             self._make_rope_tables()
         for i in range(cfg.model.num_layers):
-            run = partial(self.block, i)
             x = hooks.wrap_input(i, x)
             hooks.pre_forward(i)
             y = hooks.enter(f"blocks.{i}", x)
-            if self._checkpointed(i):
-                y = checkpoint(ops, run, y, selective=cfg.checkpointing.kind is Checkpointing.SELECTIVE)
-            else:
-                y = run(y)
+            y = (self.call or self.call_block)(i, y)
             x = hooks.leave(f"blocks.{i}", y)
             del y
             x = hooks.post_forward(i, x)
         if cfg.loss.kind == "cross_entropy":
             loss = self._head_loss(self._norm(x, "norm"), self.rows)
+        elif cfg.loss.kind == "no_upcast":
+            loss = self._no_upcast_loss(self._norm(x, "norm"))
         elif cfg.loss.kind == "in_place":
             loss = self._in_place_loss(self._norm(x, "norm"))
         else:
@@ -192,6 +199,9 @@ class Decoder:
 
     def _in_place_loss(self, x: Tensor) -> Tensor:
         return in_place_cross_entropy(self.ops, self._logits(x, self.rows), self.rows)
+
+    def _no_upcast_loss(self, x: Tensor) -> Tensor:
+        return cross_entropy_without_upcast(self.ops, self._logits(x, self.rows), self.rows)
 
     def _head_loss(self, x: Tensor, rows: int, keep_logits: bool = False) -> Tensor:
         """Logits, their fp32 copy, the loss. ``keep_logits``: a local variable holds the logits to the end."""

@@ -23,6 +23,28 @@ def cross_entropy(ops: Ops, logits: Tensor) -> Tensor:
     return loss
 
 
+def cross_entropy_without_upcast(ops: Ops, logits: Tensor, rows: int) -> Tensor:
+    """lab.model.loss: the log-softmax and its gradient in the logits' type, one column of it picked per token.
+
+    Backward: gather's gradient is a full matrix of zeros with one number per row, and so is the logits'.
+    """
+    numel, size, tape = logits.numel, logits.itemsize, ops.tape
+    node = tape.node([logits], lambda _: [tape.new(numel, size, "logits gradient", LOSS)])
+    log_softmax = ops.new(numel, size, "log-softmax", LOSS)
+    tape.save(node, log_softmax)
+    log_softmax.node = node
+    gather = tape.node([log_softmax], lambda _: [tape.new(numel, size, "log-softmax gradient", LOSS)], [log_softmax])
+    picked = ops.new(rows, size, "loss per token", LOSS)
+    picked.node = gather
+    wide = ops.cast(picked, FP32, "loss per token, fp32")
+    mean = ops.new(1, FP32, "loss", LOSS)
+    mean.node = tape.node([wide], lambda _: [tape.new(rows, FP32, "loss per token gradient", LOSS)])
+    del wide
+    loss = ops.new(1, FP32, "loss", LOSS)
+    loss.node = tape.node([mean], lambda _: [tape.new(1, FP32, "loss gradient")])
+    return loss
+
+
 def in_place_cross_entropy(ops: Ops, logits: Tensor, rows: int) -> Tensor:
     """lab.model.loss.InPlaceCrossEntropy: keeps the log-softmax, which becomes fp32 logits' gradient itself.
 

@@ -13,7 +13,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.position": ("rope", "learned"),
     "data.kind": ("python_stdlib", "text", "hf"),
     "parallel.fsdp.reduce_dtype": ("fp32", "param"),
-    "loss.kind": ("cross_entropy", "in_place", "chunked"),
+    "loss.kind": ("cross_entropy", "no_upcast", "in_place", "chunked"),
     "quantization.kind": ("none", "int8", "fp4", "nf4", "nf4_double"),
     "quantization.compute_dtype": ("bf16", "fp16", "fp32"),
     "quantization.storage_dtype": ("uint8", "bf16", "fp16", "fp32"),

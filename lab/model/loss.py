@@ -18,6 +18,18 @@ def _summed_cross_entropy(head: nn.Module, x: Tensor, targets: Tensor) -> Tensor
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
+def _cross_entropy_without_upcast(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy of logits [tokens, v] with the log-softmax and its gradient in the logits' own dtype.
+
+    The softmax kernels add up in fp32 inside; what they write is rounded. The mean over tokens is fp32.
+    Autocast is off so that nothing is widened behind our back: it casts nll_loss's input, for one.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        log_softmax = F.log_softmax(logits, dim=-1)
+        picked = log_softmax.gather(1, targets.unsqueeze(1))
+        return -picked.float().mean()
+
+
 class InPlaceCrossEntropy(torch.autograd.Function):
     """Mean cross entropy of logits [tokens, v]; backward turns the kept log-softmax into the logits' gradient.
 
@@ -47,9 +59,9 @@ class InPlaceCrossEntropy(torch.autograd.Function):
 
 
 def language_model_loss(head: nn.Module, x: Tensor, targets: Tensor, cfg: LossConfig) -> Tensor:
-    """Mean cross entropy in fp32 of head(x) [b, s, v] against targets [b, s].
+    """Mean cross entropy of head(x) [b, s, v] against targets [b, s], an fp32 scalar.
 
-    ``in_place`` needs two fp32 [b * s, v] matrices less in backward. ``chunked`` splits the b * s tokens
+    ``no_upcast`` leaves the log-softmax in the logits' dtype, the others compute it in fp32. ``in_place`` needs two fp32 [b * s, v] matrices less in backward. ``chunked`` splits the b * s tokens
     into ``num_chunks`` parts, each under activation checkpointing, so that one part's logits exist at a
     time in forward and in backward.
     """
@@ -59,6 +71,8 @@ def language_model_loss(head: nn.Module, x: Tensor, targets: Tensor, cfg: LossCo
         logits = head(x)
         logits = logits.float()  # drops the half-precision logits before the softmax is made
         return F.cross_entropy(logits, targets)
+    if cfg.kind == "no_upcast":
+        return _cross_entropy_without_upcast(head(x), targets)
     if cfg.kind == "in_place":
         loss: Tensor = InPlaceCrossEntropy.apply(head(x), targets)
         return loss

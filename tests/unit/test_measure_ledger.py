@@ -72,6 +72,7 @@ CASES = [
     ["precision=fp32", "checkpointing=selective"],
     ["precision=fp32", "loss=chunked", "attention=eager"],
     ["precision=bf16_mixed", "loss=in_place"],
+    ["precision=bf16_mixed", "loss=no_upcast"],
     ["precision=fp32", "model.tied_head=true", "model.norm=layernorm", "model.mlp=gelu", "model.position=learned"],
 ]
 

@@ -90,11 +90,12 @@ def test_chunked_loss_is_the_loss(precision: str) -> None:
     assert chunked == pytest.approx(whole, rel=1e-6 if precision == "fp32" else 1e-3)
 
 
+@pytest.mark.parametrize("kind", ["in_place", "no_upcast"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16_mixed", "bf16_pure"])
-def test_the_loss_with_its_gradient_in_place_is_the_loss(precision: str) -> None:
+def test_the_loss_made_with_less_memory_is_the_loss(precision: str, kind: str) -> None:
     common = [f"precision={precision}", "train.micro_batch_size=2"]
-    whole, in_place = losses_of(*common), losses_of(*common, "loss=in_place")
-    assert in_place == pytest.approx(whole, rel=1e-6 if precision == "fp32" else 1e-3)
+    whole, found = losses_of(*common), losses_of(*common, f"loss={kind}")
+    assert found == pytest.approx(whole, rel=1e-6 if precision == "fp32" else 1e-3)
 
 
 def test_the_gradient_in_place_is_cross_entropys() -> None:
