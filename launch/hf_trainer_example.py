@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
 from lab.integrations import MemoryCallback
 
@@ -50,7 +50,7 @@ def main() -> None:
         max_position_embeddings=max(options.seq, 128),
     )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(getattr(torch, options.weights))
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.weights))
     arguments = TrainingArguments(
         output_dir="outputs/hf_trainer_checkpoints",
         per_device_train_batch_size=options.batch,

@@ -31,14 +31,11 @@ class Replay:
         )
         self.kept: list[object] = []
         self.done = 0
+        self.last_loss: Tensor | None = None
 
     def build(self) -> None:
         """Model, engine, batches and the loss record."""
-        t = self.cfg.train
-        tokens = t.micro_batch_size * t.seq_len
-        batches = MemoryCategory.ACTIVATIONS
-        self.kept += [self.tape.new(tokens, INT64, "batch", batches) for _ in range(4)]
-        self.kept.append(self.tape.new(t.steps, FP32, "losses", MemoryCategory.LOGITS_AND_LOSS))
+        self.kept += batches_and_losses(self.cfg, self.tape)
         self.kept += buffers(self.cfg, self.tape)
         self.rule.build()
         self.decoder = make_decoder(self.cfg, self.ops, self.rule.parameters, self.rule)
@@ -58,6 +55,10 @@ class Replay:
             self.rule.finish_backward()
             del roots
             self._mark(StepPhase.BACKWARD, True)
+            if self.cfg.engine.kind == "hf_trainer":
+                self.last_loss = loss.view()  # tr_loss_step, until the next training_step has returned
+                if not self.gpu and not self.done and not micro:
+                    self.kept.append(self.tape.new(1, FP32, "summed loss", MemoryCategory.LOGITS_AND_LOSS))
             del loss  # the loop's variable lives until here, and with it the graph
             self.tape.held_by_graph.clear()
         self._mark(StepPhase.OPTIMIZER_STEP, False)
@@ -96,3 +97,22 @@ class Replay:
         loss = self.decoder.forward()
         self.ops.cast_cache = {}  # autocast ends with the forward pass
         return loss
+
+
+def batches_and_losses(cfg: RunConfig, tape: Tape) -> list[Tensor]:
+    """What the loop keeps on the device: the lab's two pairs of tokens and targets and its losses, or the Trainer's.
+
+    transformers.Trainer (trainer.py, get_batch_samples) fetches the batches of all micro-steps at once, counts their
+    items and sums its loss up in one scalar. Accelerate's loader is one batch ahead, on the host: the CPU's tracker
+    sees that, and the sum only once something is added to it (``Replay.step``).
+    """
+    t, category, loss = cfg.train, MemoryCategory.ACTIVATIONS, MemoryCategory.LOGITS_AND_LOSS
+    tokens = t.micro_batch_size * t.seq_len
+    if cfg.engine.kind != "hf_trainer":
+        kept = [tape.new(tokens, INT64, "batch", category) for _ in range(4)]
+        return [*kept, tape.new(t.steps, FP32, "losses", loss)]
+    gpu = cfg.hardware.device_type == "cuda"
+    count = cfg.engine.batch_tensors * (t.gradient_accumulation_steps + (0 if gpu else 1))
+    kept = [tape.new(tokens, INT64, "batch", category) for _ in range(count)]
+    kept.append(tape.new(1, FP32, "number of items", loss))
+    return [*kept, tape.new(1, FP32, "summed loss", loss)] if gpu else kept

@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from lab.record import Prediction, StepMeasurement
-from lab.units import error_percent, to_gib
+from lab.units import to_gib
 
 PREFIX = "memory/"
 
@@ -42,5 +42,5 @@ def memory_logs(step: StepMeasurement | None, prediction: Prediction | None) -> 
         for phase, moments in expected.phases.items():
             logs[f"predicted_{phase.value}_peak_gib"] = to_gib(moments.peak.total_bytes)
         if step is not None and step.peak_bytes():
-            logs["error_percent"] = error_percent(expected.allocated_bytes, step.peak_bytes())
+            logs["error_percent"] = 100.0 * (expected.allocated_bytes / step.peak_bytes() - 1.0)
     return {f"{PREFIX}{key}": value for key, value in logs.items()}

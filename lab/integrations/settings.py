@@ -126,8 +126,8 @@ def _optimizer(args: Any, facts: Facts, strategy: str, out: Settings) -> None:
     kind, implementation = _OPTIMIZERS[given]
     if implementation is None:  # torch/optim/optimizer.py, _default_to_fused_or_foreach: foreach on GPUs only
         implementation = "foreach" if facts.device_type == "cuda" else "for_loop"
-    if implementation == "foreach":
-        out.assumed.append("foreach steps over all parameters at once; the Trainer's two groups go one after the other")
+    if strategy.startswith("zero"):
+        out.assumed.append("DeepSpeed is given one parameter group; the Trainer's two are padded each for itself")
     out.overrides += [f"optimizer={kind}", f"optimizer.implementation={implementation}"]
     out.overrides.append(f"optimizer.weight_decay={args.weight_decay}")
 

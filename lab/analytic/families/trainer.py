@@ -13,6 +13,7 @@ from lab.analytic.families.inventory import PREFIX
 from lab.analytic.families.llama import Llama
 from lab.analytic.families.pieces import causal_lm_loss
 from lab.analytic.tape import BOOL, FP32, Tensor
+from lab.vocab import Checkpointing, Strategy
 
 
 class TrainerDecoder(HFDecoder):
@@ -34,15 +35,23 @@ class TrainerDecoder(HFDecoder):
         hooks.enter_source(name)
         x = self.model()
         logits = self._hf_logits(x)
-        # Summed, then divided by num_items_in_batch, whose division keeps that number.
-        loss = ops.scale(causal_lm_loss(ops, logits, self.cfg.train.micro_batch_size, self.rows), "loss over items")
+        loss = causal_lm_loss(ops, logits, self.cfg.train.micro_batch_size, self.rows, counted=True)
         loss = hooks.leave(name, loss)
         del x
         loss = hooks.post_forward(-1, hooks.leave("", loss))
         if ops.amp is not None:
             logits = ops.cast(logits, FP32, "logits of the outputs, fp32")
+        if self._copied_by_ddp():
+            copies = ops.scale(loss, "DDP's copy of the loss"), ops.scale(logits, "DDP's copy of the logits")
+            loss = copies[0]
+            del copies
         del logits
         return loss
+
+    def _copied_by_ddp(self) -> bool:
+        """DDP that looks for unused parameters clones every output (torch/nn/parallel/distributed.py, _DDPSink)."""
+        cfg = self.cfg
+        return cfg.parallel.strategy is Strategy.DDP and cfg.checkpointing.kind is Checkpointing.NONE
 
 
 class TrainerLlama(TrainerDecoder, Llama):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lab.analytic.sharding.accelerate import ACCELERATE_RULES
 from lab.analytic.sharding.base import Rule
 from lab.analytic.sharding.fsdp import FSDP
+from lab.analytic.sharding.hf_trainer import TRAINER_RULES
 from lab.analytic.sharding.replicated import DDP, Single
 from lab.analytic.sharding.zero import Zero1, Zero2
 from lab.analytic.sharding.zero3 import Zero3
@@ -25,4 +26,5 @@ RULES: dict[Strategy, type[Rule]] = {
 
 def rule_of(cfg: RunConfig) -> type[Rule]:
     """The rule of a run's strategy under its engine."""
-    return (ACCELERATE_RULES if cfg.engine.kind == "accelerate" else RULES)[cfg.parallel.strategy]
+    rules = {"accelerate": ACCELERATE_RULES, "hf_trainer": TRAINER_RULES}.get(cfg.engine.kind, RULES)
+    return rules[cfg.parallel.strategy]

@@ -34,11 +34,15 @@ class DDP(Rule):
     def build(self) -> None:
         super().build()
         self._broadcast()
-        self.buckets = self._buckets(self.trained, [sum(s.numel * self.itemsize_of(s) for s in self.trained)])
         self.arrived: list[ParameterSpec] = []
         self.rebuilt = False
+        self.buckets = self.first_buckets()
         self.first_bucket: list[Tensor] = []
         self.reduced = 0  # elements of gradients that came since the buckets were made anew
+
+    def first_buckets(self) -> list[Tensor]:
+        """One for everything: what no unused parameters are looked for is made anew anyway."""
+        return self._buckets(self.trained, [sum(s.numel * self.itemsize_of(s) for s in self.trained)])
 
     def _broadcast(self) -> None:
         """_sync_module_states: flat copies of up to 250 MiB (and the parameter that fills one), two at a time."""

@@ -1,0 +1,57 @@
+"""engine=hf_trainer: Accelerate's rules with what transformers.Trainer's loop holds (5.23, trainer.py, _run_epoch).
+
+The gradient norm that clipping returns lives until the next one is made: it may be logged. DDP is told to look for
+unused parameters unless blocks are checkpointed (_build_accelerator_args); its buckets are then made at construction
+and never again (distributed.py, _ddp_init_helper; reducer.hpp, should_rebuild_buckets).
+"""
+
+from __future__ import annotations
+
+from lab.analytic.architecture import ParameterSpec
+from lab.analytic.optimizers import clip_gradients
+from lab.analytic.sharding.accelerate import AccelerateDDP, AccelerateSingle
+from lab.analytic.sharding.base import Rule
+from lab.analytic.sharding.zero import Zero1, Zero2
+from lab.analytic.sharding.zero3 import Zero3
+from lab.analytic.tape import Tensor
+from lab.vocab import Checkpointing, Strategy
+
+
+class _Clipped(Rule):
+    """_clip_grad_norm (with max_grad_norm 0 the same with an infinite one, for the log), then the step."""
+
+    grad_norm: Tensor | None = None
+
+    def optimizer_step(self) -> None:
+        self.grad_norm = None
+        self.grad_norm = clip_gradients(self.tape, len(self.trained), max(self.itemsize_of(s) for s in self.trained))
+        # Two groups, one after the other: with weight decay, and norms and biases without (create_optimizer).
+        for group, members in enumerate(([s for s in self.trained if len(s.shape) > 1], self._one_dimensional())):
+            sizes = [(s.numel, self.itemsize_of(s)) for s in members]
+            self.optimizer.step(sizes, [s.shape for s in members], group=group)
+
+    def _one_dimensional(self) -> list[ParameterSpec]:
+        return [s for s in self.trained if len(s.shape) == 1]
+
+
+class TrainerSingle(_Clipped, AccelerateSingle):
+    """One process."""
+
+
+class TrainerDDP(_Clipped, AccelerateDDP):
+    """DDP with find_unused_parameters unless blocks are checkpointed."""
+
+    def first_buckets(self) -> list[Tensor]:
+        if self.cfg.checkpointing.kind is not Checkpointing.NONE:
+            return super().first_buckets()
+        self.rebuilt = True  # as they stay
+        return self._buckets(self.trained, self.bucket_caps())
+
+
+TRAINER_RULES: dict[Strategy, type[Rule]] = {
+    Strategy.SINGLE: TrainerSingle,
+    Strategy.DDP: TrainerDDP,
+    Strategy.ZERO1: Zero1,
+    Strategy.ZERO2: Zero2,
+    Strategy.ZERO3: Zero3,
+}
