@@ -141,6 +141,7 @@ SOURCES: tuple[Source, ...] = (
         8,
     ),
     _rule("partial segments", EMBEDDING, "fp32 partial sums", "r_e * up(h, 32) | r_p * up(h, 32)", _EMBEDDING, 4),
+    _rule("loss per token.*", HEAD, "column of the log-softmax", "c", "lab/model/loss.py"),
     _rule("loss one-hot column", HEAD, "minus one per token", "c", "lab/model/loss.py", 4),
     _rule("loss scale factor", HEAD, "scalar", "1", "lab/model/loss.py", 4),
     _rule("logits input.*", HEAD, "head input: gradient or autocast copy", "c * h"),

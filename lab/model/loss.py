@@ -61,9 +61,9 @@ class InPlaceCrossEntropy(torch.autograd.Function):
 def language_model_loss(head: nn.Module, x: Tensor, targets: Tensor, cfg: LossConfig) -> Tensor:
     """Mean cross entropy of head(x) [b, s, v] against targets [b, s], an fp32 scalar.
 
-    ``no_upcast`` leaves the log-softmax in the logits' dtype, the others compute it in fp32. ``in_place`` needs two fp32 [b * s, v] matrices less in backward. ``chunked`` splits the b * s tokens
-    into ``num_chunks`` parts, each under activation checkpointing, so that one part's logits exist at a
-    time in forward and in backward.
+    ``no_upcast`` leaves the log-softmax in the logits' dtype, the others compute it in fp32. ``in_place`` needs two
+    fp32 [b * s, v] matrices less in backward. ``chunked`` splits the b * s tokens into ``num_chunks`` parts, each
+    under activation checkpointing, so that one part's logits exist at a time in forward and in backward.
     """
     tokens = targets.numel()
     x, targets = x.reshape(tokens, -1), targets.reshape(tokens)

@@ -190,12 +190,17 @@ def block(size: int, requested: int, state: str = "active_allocated") -> dict[st
 
 def test_census_of_an_allocator_snapshot() -> None:
     segments = [
-        {"device": 0, "address": 4096, "blocks": [block(512, 4), block(1024, 0, "inactive"), block(2048, 2000)]},
+        {"device": 0, "address": 4096, "blocks": [block(512, 4), block(1024, 0, "inactive"), block(4096, 2000)]},
         {"device": 0, "address": 1 << 20, "blocks": [block(512, 512, "active_awaiting_free"), block(512, 500)]},
         {"device": 1, "address": 1 << 30, "blocks": [block(512, 512)]},
     ]
     census = census_of_segments(segments, 0)
-    assert census.allocations == {4096: (512, 4), 4096 + 1536: (2048, 2000), (1 << 20) + 512: (512, 500)}
+    # 2000 bytes are four units of 512; a block of 4096 for them would be a rest that was not cut off.
+    assert census.allocations == {
+        4096: Allocation(512, 4, 512),
+        4096 + 1536: Allocation(4096, 2000, 2048),
+        (1 << 20) + 512: Allocation(512, 500, 512),
+    }
     assert census.find(FakeStorage(4096, 4)) == 4096
     assert census.find(FakeStorage(4096 + 1536 + 1000, 8)) == 4096 + 1536  # an address inside a block
     assert census.find(FakeStorage(4096 + 600, 8)) is None  # inactive
