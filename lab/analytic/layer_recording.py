@@ -62,11 +62,12 @@ class Value:
         return cls(s.id, s.nbytes, s.category, s.label, tensor.numel, tensor.itemsize, tensor.has_base)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Play:
-    """Events in the block's own storages."""
+    """Events in the block's own storages. ``place``: the segment's index in the trace that it is played into."""
 
     segment: Segment
+    place: int = -1
 
 
 @dataclass(frozen=True, slots=True)

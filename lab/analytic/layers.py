@@ -39,15 +39,19 @@ from lab.vocab import MemoryCategory
 SPARE = 64  # storages by which a recording with another incoming gradient may exceed the first
 
 
-def replay_steps(cfg: RunConfig, rank: int, steps_beyond_steady: int = 0) -> Replay:
-    """A run built and stepped up to the step from which steps repeat (or its last); ``trace`` may hold segments."""
+def replay_steps(cfg: RunConfig, rank: int, for_allocator: bool = True) -> Replay:
+    """A run built and stepped up to the step from which steps repeat, or its last; ``trace`` may hold segments.
+
+    ``for_allocator``: up to where its cached segments repeat as well.
+    """
     for repeat in (True, False):
         replay = Replay(cfg, rank)
         replay.build()
         if repeat:
             repeat_layers(replay)
+        last = replay.rule.steady_step if for_allocator else replay.rule.repeats_from
         try:
-            for _ in range(min(cfg.train.steps, replay.rule.steady_step + 1 + steps_beyond_steady)):
+            for _ in range(min(cfg.train.steps, last + 1)):
                 replay.step()
         except Unrecordable:
             continue
@@ -59,6 +63,13 @@ def repeat_layers(replay: Replay) -> None:
     """After ``replay.build()``: blocks of one kind are run once. Families with a loop of their own are left alone."""
     if type(replay.decoder) is Decoder:
         replay.decoder.call = Layers(replay).call
+
+
+def dismantle(replay: Replay) -> None:
+    """Take apart what refers to itself in a replay that is over, so that it goes without the garbage collector."""
+    replay.decoder.call = None
+    for parameter in replay.rule.parameters.values():
+        parameter.accumulator.on_grad = parameter.accumulator.backward = None
 
 
 class _Layer:
@@ -96,7 +107,6 @@ class Layers:
             for m in self.members
         ]
         self.recordings: dict[Hashable, Recording | None] = {}
-        self.places: dict[int, int] = {}  # id of a segment -> its index in the trace
         self.begun = False
         nothing = Storage(self.trace, 0, MemoryCategory.TEMPORARIES, "")
         self.plain = Tensor(nothing, 1, 1)  # what hooks are called with: they look at the node alone
@@ -126,10 +136,19 @@ class Layers:
         key = (self.shapes[i], sizes, self.decoder.checkpointed(i), Incoming.of(x), x.node is None, self.ops.amp)
         if key not in self.recordings:
             try:
-                self.recordings[key] = record(self.decoder, i, members, Incoming.of(x), x.node is not None)
+                found = record(self.decoder, i, members, Incoming.of(x), x.node is not None)
+                self.recordings[key] = self._placed(found)
             except Unrecordable:
                 self.recordings[key] = None
         return self.recordings[key]
+
+    def _placed(self, recording: Recording) -> Recording:
+        """With its segments in the trace."""
+        for step in (*recording.forward, *recording.backward):
+            if isinstance(step, Play):
+                step.place = len(self.trace.segments)
+                self.trace.segments.append(step.segment)
+        return recording
 
     def _backward(self, layer: _Layer, grads: Grads) -> Grads:
         """The block's backward: ``grads`` is the gradient of its output, what is returned that of its input."""
@@ -163,19 +182,21 @@ class Layers:
         key = (id(first), gradient)
         if key not in self.recordings:
             index = int(first.module.rpartition(".")[2])
-            self.recordings[key] = record(self.decoder, index, self.members[index], *layer.source, gradient)
+            self.recordings[key] = self._placed(
+                record(self.decoder, index, self.members[index], *layer.source, gradient)
+            )
         found = self.recordings[key]
         if found is None or found.num_storages > first.num_storages + SPARE:
             raise Unrecordable("another gradient makes another backward")
         return found
 
     def _run(self, layer: _Layer, instructions: Sequence[Instruction], x: Tensor | None) -> None:
-        events, first, module = self.trace.events, layer.first, layer.module
+        play, first, module = self.trace.events.append, layer.first, layer.module
         members = self.members[layer.index]
         for step in instructions:
-            if isinstance(step, Play):
-                events.append((SEGMENT, first, self._place(step), module, "", 0))
-            elif isinstance(step, Gradient):
+            if type(step) is Play:
+                play((SEGMENT, first, step.place, module, "", 0))
+            elif type(step) is Gradient:
                 accumulator = members[step.parameter].accumulator
                 run = accumulator.backward
                 assert run is not None
@@ -191,13 +212,6 @@ class Layers:
                     del layer.held[step.index]
                 else:
                     layer.held[step.index] = members[step.parameter].tensor
-
-    def _place(self, step: Play) -> int:
-        key = id(step.segment)
-        if key not in self.places:
-            self.places[key] = len(self.trace.segments)
-            self.trace.segments.append(step.segment)
-        return self.places[key]
 
     def _hook(self, layer: _Layer, step: Hook) -> None:
         hook = self.rule.enter if step.entering else self.rule.leave

@@ -11,7 +11,7 @@ from lab.analytic.architecture import num_parameters
 from lab.analytic.assumptions import assumptions
 from lab.analytic.boundary import Exhaustion, allocator_limit_bytes, exhaustion, replayed
 from lab.analytic.hardware import outside_allocator_bytes
-from lab.analytic.layers import replay_steps
+from lab.analytic.layers import dismantle, replay_steps
 from lab.analytic.segments import spelled_out
 from lab.analytic.step import Replay
 from lab.analytic.timeline import Timeline
@@ -96,7 +96,7 @@ def _replay(
 
     ``limit_bytes``: on reserved bytes; enough to come through.
     """
-    replay = replay_steps(cfg, rank)
+    replay = replay_steps(cfg, rank, simulated)
     trace, steady = replay.trace, replay.done - 1
     simulation: Simulation | None = None
     timeline = tensors = Timeline(trace.events, trace.segments)
@@ -104,10 +104,10 @@ def _replay(
         events = spelled_out(trace.events, trace.segments)
         simulation = simulate(events, trace.next_id, limit_bytes)
         timeline = Timeline(events, sizes=simulation.block_bytes, curve=simulation.allocated)
-    first_phases, steady_phases = timeline.phases([0, steady])
     # What persists is read before zero_grad drops the gradients, and counts tensors without their blocks' rests.
     before = [start for phase, start, _ in tensors.spans[steady] if phase is StepPhase.ZERO_GRAD]
-    moment = tensors.moments(before[:1])[0]
+    (first_phases, steady_phases), moments = timeline.read([0, steady], before[:1] if timeline is tensors else ())
+    moment = (moments or tensors.moments(before[:1]))[0]
     states = MemoryBreakdown({c: moment.categories[c] for c in STATE_CATEGORIES if moment.categories[c]})
     optimizer = replay.rule.optimizer
     outside = outside_allocator_bytes(cfg) + optimizer.managed_device_bytes
@@ -119,7 +119,7 @@ def _replay(
             reserved = max(simulation.reserved[i] for _, start, end in timeline.spans[index] for i in (start, end))
         return StepPrediction(peak.total_bytes, reserved, reserved + outside, peak.categories, by_phase)
 
-    trace.events.clear()  # the largest part of a replay, which waits for the collector with the rest of it
+    dismantle(replay)
     return step(0, first_phases), step(steady, steady_phases), states, optimizer.managed_bytes
 
 

@@ -25,13 +25,12 @@ def spans_of(events: Sequence[Event], step: int) -> Spans:
 def _spans(events: Sequence[Event]) -> dict[int, Spans]:
     spans: dict[int, Spans] = {}
     start = 0
-    for i, event in enumerate(events):
-        if event[0] == MARK:
-            owner, phase, edge = event[3].split("/")
-            if edge == "start":
-                start = i
-            else:
-                spans.setdefault(int(owner), []).append((StepPhase(phase), start, i))
+    for i in [i for i, event in enumerate(events) if event[0] == MARK]:
+        owner, phase, edge = events[i][3].split("/")
+        if edge == "start":
+            start = i
+        else:
+            spans.setdefault(int(owner), []).append((StepPhase(phase), start, i))
     return spans
 
 
@@ -54,7 +53,7 @@ def categories_at(events: Sequence[Event], indices: Sequence[int], sizes: Sequen
 
 def phases(events: Sequence[Event], step: int, sizes: Sequence[int] | None = None) -> dict[StepPhase, PhasePrediction]:
     """Peak and end of every phase of one step; micro-steps: the highest peak, the last end."""
-    return Timeline(events, sizes=sizes).phases([step])[0]
+    return Timeline(events, sizes=sizes).read([step])[0][0]
 
 
 class Timeline:
@@ -81,8 +80,10 @@ class Timeline:
             self.after = self.high = totals(events, sizes) if curve is None else curve
         self.spans = _spans(events)
 
-    def phases(self, steps: Sequence[int]) -> list[dict[StepPhase, PhasePrediction]]:
-        """Peak and end of every phase of each step; micro-steps: the highest peak, the last end."""
+    def read(
+        self, steps: Sequence[int], also: Sequence[int] = ()
+    ) -> tuple[list[dict[StepPhase, PhasePrediction]], list[Moment]]:
+        """Peak and end of every phase of each step (micro-steps: the highest peak, the last end); moments ``also``."""
         high = self.high
         found: list[tuple[dict[StepPhase, int], dict[StepPhase, int]]] = []
         for step in steps:
@@ -95,12 +96,13 @@ class Timeline:
                     peaks[phase] = best
                 ends[phase] = last
             found.append((peaks, ends))
-        wanted = sorted({i for peaks, ends in found for i in (*peaks.values(), *ends.values())})
+        wanted = sorted({*also, *(i for peaks, ends in found for i in (*peaks.values(), *ends.values()))})
         at = dict(zip(wanted, self.moments(wanted), strict=True))
-        return [
+        by_step = [
             {p: PhasePrediction(end=at[ends[p]], peak=at[peaks[p]]) for p in STEP_PHASES if p in peaks}
             for peaks, ends in found
         ]
+        return by_step, [at[i] for i in also]
 
     def moments(self, indices: Iterable[int]) -> list[Moment]:
         """Bytes by category after the events at ``indices`` (ascending); of a segment, where its total is highest."""

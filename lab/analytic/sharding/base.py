@@ -17,10 +17,12 @@ PARAMETERS = MemoryCategory.PARAMETERS
 class Rule:
     """One strategy's memory: made once, then driven through steps. This base is one process without sharding.
 
-    ``steady_step`` is the first step (0-based) from which steps repeat.
+    ``steady_step`` is the first step (0-based) from which steps repeat, the allocator's cached segments included;
+    ``repeats_from`` the first whose allocations and frees are those of every later one.
     """
 
     steady_step = 2
+    repeats_from = 1
     deepspeed = False  # its engine always divides the loss by the micro-steps and multiplies it by the loss scale
     always_divides_loss = False  # Accelerate's backward divides by the micro-steps even where there is one
     hook_nodes = False  # ``enter`` gives a tensor that needs a gradient a node of its own, ``leave`` every tensor

@@ -31,6 +31,8 @@ class DDP(Rule):
     (keep it for another step or two) is left out.
     """
 
+    repeats_from = 2  # the second step makes the buckets anew
+
     def build(self) -> None:
         super().build()
         self._broadcast()

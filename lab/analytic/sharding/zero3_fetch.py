@@ -13,6 +13,7 @@ on (the next micro-step, if there are several) it prefetches, and keeps what is 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 
 from lab.analytic.sharding.zero3_gather import AVAILABLE, NOT_AVAILABLE, Gatherer, Sharded
@@ -47,6 +48,7 @@ class Coordinator:
         if self.trace_mode == "record":
             for step, module in enumerate(self.submodules):
                 self.param_order += [(p, step) for p in sorted(self._of(module), key=lambda p: p.index)]
+            self._index_trace()
             self.trace_mode = "complete"
         elif self.trace_mode == "invalid":
             self.trace_mode = "record"
@@ -115,14 +117,26 @@ class Coordinator:
         if key not in self.release_cache:
             free = {p for p in self._of(module) if not p.persist}
             free -= {p for p in free if self.fetched_for.get(p, NEVER) > self.step_id}
-            traversed = 0
-            for later in self.submodules[self.step_id :]:
-                if not free or traversed >= self.options.stage3_max_reuse_distance:
-                    break
-                free -= set(self._of(later))
-                traversed += sum(p.numel for p in self._of(later))
-            self.release_cache[key] = free
+            self.release_cache[key] = {p for p in free if not self._reused_soon(p)}
         return self.release_cache[key]
+
+    def _index_trace(self) -> None:
+        """Where each parameter is used, and how many elements the modules before each place use."""
+        self.uses: dict[Sharded, list[int]] = {}
+        self.elements_before = [0]
+        for step, module in enumerate(self.submodules):
+            for p in self._of(module):
+                self.uses.setdefault(p, []).append(step)
+            self.elements_before.append(self.elements_before[-1] + sum(p.numel for p in self._of(module)))
+
+    def _reused_soon(self, p: Sharded) -> bool:
+        """Does a later module, less than ``stage3_max_reuse_distance`` elements on, use it?"""
+        uses = self.uses[p]
+        later = bisect_left(uses, self.step_id)
+        if later == len(uses):
+            return False
+        distance = self.elements_before[uses[later]] - self.elements_before[self.step_id]
+        return distance < self.options.stage3_max_reuse_distance
 
     def _release(self, p: Sharded) -> None:
         if p.status == AVAILABLE and not p.active:
