@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lab.analytic.allocator import simulate
-from lab.analytic.architecture import ParameterSpec, parameters
+from lab.analytic.architecture import ParameterSpec
 from lab.analytic.families.names import in_lab_words
+from lab.analytic.inventory import inventory
 from lab.analytic.optimizers_8bit import PAGED_FROM
 from lab.analytic.sources import NAMED, parameter_of, source_of
 from lab.analytic.step import Replay
@@ -217,7 +218,7 @@ def described(
 ) -> Iterator[tuple[Live, int | None, Item]]:
     """(storage, layer, what it is). The layer is None for what belongs to no block or to all of them."""
     values = values_of(cfg)
-    specs = {in_lab_words(s.name): s for s in parameters(cfg.model)}
+    specs = {in_lab_words(s.name): s for s in inventory(cfg)}
     owners = {ident: in_lab_words(name) for ident, name in _owners(replay).items()}
     layer_at = _layer_finder(replay.spans)
     for storage in storages:

@@ -22,7 +22,7 @@ _FSDP = "torch distributed/fsdp/_fully_shard/_fsdp_collectives.py"
 _BNB, _ADAFACTOR = "bitsandbytes optim/optimizer.py", "torch optim/_adafactor.py"
 _EMBEDDING = "torch aten native/cuda/EmbeddingBackwardKernel.cu"
 _REDUCE = "torch aten native/cuda/Reduce.cuh"
-_PARAM = r"(?P<parameter>(?:blocks\.\d+\.[a-z_.0-9]+|embedding|position|norm|head)[. ](?:weight bias|weight|bias))"
+_PARAM = r"(?P<parameter>(?:blocks\.\d+\.[a-zA-Z_.0-9]+|embedding|position|norm|head)[. ](?:weight bias|weight|bias))"
 _NORM = r"(?:blocks\.\d+\.(?:attention_norm|mlp_norm)|norm)"
 _HEAD_NORM = r"blocks\.\d+\.attention\.[qk]_norm"  # Qwen3
 _HF, _MASKS = "transformers models/*/modeling_*.py", "transformers masking_utils.py"
@@ -48,11 +48,37 @@ def _rule(
 
 
 _P, _HELD = "up(psi, 2 * N) // N", "w | cdiv(w0, G) * w1"
+_PACKED = "cdiv(w, 2) | cdiv(w, 4) | cdiv(w, 8) | cdiv(cdiv(w, 2), G) | cdiv(cdiv(w, 4), G) | cdiv(cdiv(w, 8), G)"
+_BLOCKS, _NESTED = "cdiv(w, Q)", "cdiv(cdiv(w, Q), 256)"
+_BNB, _PEFT = "bitsandbytes functional.py, autograd/_functions.py", "peft tuners/lora/layer.py, bnb.py"
 _Q, _KV, _SQUARE, _X, _INNER = "b * s * n * d", "b * s * k * d", "b * n * s * s", "b * s * h", "b * s * f"
+_IN_OR_OUT = f"{_X} | {_Q} | {_KV} | {_INNER} | b * s * (n + 2 * k) * d | b * s"
 
 SOURCES: tuple[Source, ...] = (
     # -- states, whole or sharded ------------------------------------------------------------------
-    _rule(_PARAM, NAMED, "parameter, or its rows on this rank, padded", _HELD, "nn.Module; fsdp _fsdp_param.py"),
+    _rule(
+        _PARAM,
+        NAMED,
+        "parameter, or its rows on this rank, padded; packed: two weights a byte",
+        f"{_HELD} | {_PACKED}",
+        "nn.Module; fsdp _fsdp_param.py; bitsandbytes functional.py",
+    ),
+    # -- what dequantizes packed weights, and dequantized ones -----------------------------------------
+    _rule(f"(?:nested )?absmax(?:, 8 bit)? of {_PARAM}", NAMED, "a maximum per block", f"{_BLOCKS} | {_NESTED}", _BNB),
+    _rule(f"row maxima of {_PARAM}", NAMED, "a maximum per row", "w0", _BNB, 4),
+    _rule(f"4-bit code of {_PARAM}", NAMED, "table of 16 values", "16", _BNB, 4),
+    _rule(f"8-bit code of {_PARAM}|bitsandbytes' 8-bit code", NAMED, "table of 256 values", "256", _BNB, 4),
+    _rule(f"absmax offset of {_PARAM}", NAMED, "mean of the maxima", "1", _BNB, 4),
+    _rule(f"dequantized {_PARAM}(?:, .*)?", NAMED, "whole weight, for one product", "w", _BNB),
+    _rule("dequantized absmax|absmax to be quantized|absmax minus its mean", ALL, "fp32 maxima", "", _BNB, 4),
+    _rule("row scales", ALL, "row maxima over 127", "", _BNB, 4),
+    # -- adapters ------------------------------------------------------------------------------------
+    _rule(".* adapter dropout mask", NAMED, "a bool per element", f"{_X} | {_Q} | {_INNER}", _PEFT, 1),
+    _rule(".* adapter A", NAMED, "A's output", "b * s * r", _PEFT),
+    _rule(".* adapter B input.*", NAMED, "A's output: its copy or gradient", "b * s * r", _PEFT),
+    _rule(".* (?:adapter|adapted|clone)(?:[ ,].*)?", NAMED, "input, output, sum or a gradient", _IN_OR_OUT, _PEFT),
+    _rule(".* (?:input, (?:compute|fp16|int8).*|input row maxima|input's type)", NAMED, "input", _IN_OR_OUT, _BNB),
+    _rule(".*, (?:input's type|int32|fp16)", NAMED, "output", _IN_OR_OUT, _BNB),
     _rule("flat parameters", ALL, "bit16_groups_flat", "up(psi, 2 * N)", _STAGE12),
     _rule("clone of the partition|master weights", ALL, "single_partition_of_fp32_groups", _P, _STAGE12),
     _rule("lp_param_buffer", ALL, "shards, each padded for itself", "S", _STAGE3),

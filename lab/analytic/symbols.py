@@ -4,11 +4,12 @@
 b, s    micro-batch size, tokens per sequence                       h, f: hidden, intermediate size
 n, k    query heads, key/value heads                                d: elements per head
 v       vocabulary                                                  c: tokens whose logits exist at once
-psi     all parameters                                              w: the named parameter, w0 x w1 = w
+psi     all parameters that are trained                             w: the named parameter, w0 x w1 = w
 N, G    ranks; ranks that share one FSDP shard group                e: bytes per element in matmuls
 S, S_i  ZeRO-3: sum over parameters of cdiv(w, N); of sub-group i   U: FSDP unit's padded shard, elements
 B       reduce_bucket_size                                          T: parameter tensors
 W       cuBLAS workspace, bytes; W_lt: cuBLASLt's                   steps: optimizer steps of the run
+r       adapter.rank                                                Q: quantization.block_size
 r_e     partial segments of the embedding's gradient                r_p: of the position table's
 ======  ==========================================================  ========================================
 
@@ -22,7 +23,8 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 
-from lab.analytic.architecture import ParameterSpec, parameters
+from lab.analytic.architecture import ParameterSpec
+from lab.analytic.inventory import trainable
 from lab.config import RunConfig
 from lab.vocab import Precision
 
@@ -81,13 +83,14 @@ def _evaluate(tree: ast.expr, used: Mapping[str, int]) -> int:
 def values_of(cfg: RunConfig) -> dict[str, tuple[int, ...]]:
     """Every symbol but w, w0 and w1, which depend on the parameter (``with_parameter``)."""
     m, t, zero = cfg.model, cfg.train, cfg.parallel.zero
-    specs, world, group = parameters(m), cfg.world_size, cfg.fsdp_shard_size
+    specs, world, group = trainable(cfg), cfg.world_size, cfg.fsdp_shard_size
     rows = t.micro_batch_size * t.seq_len
     chunk = rows if cfg.loss.kind != "chunked" else -(-rows // cfg.loss.num_chunks)
     shards = [-(-s.numel // world) for s in specs]
     single = {"b": t.micro_batch_size, "s": t.seq_len, "h": m.hidden_size, "f": m.intermediate_size}
     single |= {"n": m.num_heads, "k": m.num_kv_heads, "d": m.head_dim, "v": m.vocab_size, "steps": t.steps}
     single |= {"psi": sum(s.numel for s in specs), "N": world, "G": group, "S": sum(shards), "T": len(specs)}
+    single |= {"r": cfg.adapter.rank, "Q": cfg.quantization.block_size}
     single |= {"B": zero.reduce_bucket_size, "e": 4 if cfg.precision.kind is Precision.FP32 else 2}
     single |= {"W": cfg.hardware.cublas_workspace_bytes, "W_lt": cfg.hardware.cublaslt_workspace_bytes}
     single["r_e"] = rows // 10 + min(rows, m.vocab_size)
