@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 from lab.config import RunConfig
-from lab.vocab import Strategy
+from lab.vocab import AttentionBackend, Precision, Strategy
 
 
 def outside_allocator_bytes(cfg: RunConfig) -> int:
     """Idle card + CUDA context + NCCL. 0 on a CPU.
 
     Each figure is a row of ``configs/hardware/NAME.yaml`` with how it was measured (`lab hardware`). A single
-    process has no communicator, HSDP has two. Left out: up to 86 MiB by which runs differ with the kernels they
-    load (CUDA loads modules lazily), and NCCL's library under FSDP on one GPU.
+    process has no communicator, HSDP has two. On one GPU FSDP2 makes a communicator and calls no collective on it
+    (_fsdp_collectives.py); DDP and DeepSpeed do. Left out: some MiB by which runs differ with the kernels they load
+    (CUDA loads modules lazily).
     """
     h = cfg.hardware
     if h.device_type != "cuda":
         return 0
-    total = h.idle_bytes + h.cuda_context_bytes
+    total = h.idle_bytes + h.cuda_context_bytes + (h.cudnn_bytes if asks_cudnn(cfg) else 0)
     strategy = cfg.parallel.strategy
     if cfg.world_size == 1:
-        return total + (h.nccl_one_rank_bytes if strategy.zero_stage else 0)
+        if strategy.is_fsdp:
+            return total + h.nccl_idle_bytes
+        return total + (0 if strategy is Strategy.SINGLE else h.nccl_one_rank_bytes)
     total += h.nccl_bytes
     if strategy.zero_stage:
         total += h.nccl_deepspeed_bytes
     if strategy is Strategy.HSDP and 1 < cfg.fsdp_shard_size < cfg.world_size:
         total += h.nccl_further_bytes
     return total
+
+
+def asks_cudnn(cfg: RunConfig) -> bool:
+    """Is cuDNN asked whether it can do the attention? PyTorch's own choice asks it first for half precision.
+
+    sdp_utils.cpp, priority order on sm_90; it stays loaded where another kernel then does the work.
+    """
+    backend = cfg.attention.backend
+    automatic = backend is AttentionBackend.AUTO and cfg.precision.kind is not Precision.FP32
+    return automatic or backend is AttentionBackend.CUDNN

@@ -205,13 +205,15 @@ class HardwareConfig:
     gpu_name: str = ""  # as NVML spells it
     capacity_bytes: int = 0  # device memory that CUDA offers; 0: not known
     idle_bytes: int = 0  # device use that NVML shows on the idle card
-    cuda_context_bytes: int = 0  # one process's CUDA context and loaded kernels
+    cuda_context_bytes: int = 0  # one process's CUDA context, cuBLAS and the kernels that training loads
+    cudnn_bytes: int = 0  # cuDNN, where attention asks it
     cublas_workspace_bytes: int = 0  # per (handle, stream), through PyTorch's allocator
     cublaslt_workspace_bytes: int = 0  # per (handle, stream); 0: unified with cuBLAS's
     nccl_bytes: int = 0  # first communicator, outside PyTorch's allocator
     nccl_deepspeed_bytes: int = 0  # DeepSpeed's further communicators
     nccl_further_bytes: int = 0  # a second communicator: HSDP's shard and replicate groups
-    nccl_one_rank_bytes: int = 0  # a communicator of one rank that collectives ran on: DeepSpeed on one GPU
+    nccl_one_rank_bytes: int = 0  # a communicator of one rank that collectives ran on: DDP, DeepSpeed on one GPU
+    nccl_idle_bytes: int = 0  # a communicator that none ran on: FSDP on one GPU
     allocation_alignment_bytes: int = 1  # the caching allocator rounds sizes up to this (512 on CUDA)
     num_streaming_multiprocessors: int = 0  # sizes reductions' scratch memory (aten/native/cuda/Reduce.cuh)
     dense_bf16_flops: float = 0.0  # peak FLOP/s, for model FLOPs utilisation

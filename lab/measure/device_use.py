@@ -28,7 +28,7 @@ class DeviceUse:
             import pynvml
 
             pynvml.nvmlInit()
-            self._handle = _handle(pynvml, self._index)
+            self._handle = nvml_handle(pynvml, self._index)
             pynvml.nvmlDeviceGetMemoryInfo(self._handle)
             self._nvml = pynvml
         except Exception as error:  # no library, no permission, a MIG slice: the run goes on without
@@ -49,7 +49,7 @@ class DeviceUse:
             self._nvml = None
 
 
-def _handle(nvml: Any, index: int) -> Any:
+def nvml_handle(nvml: Any, index: int) -> Any:
     """NVML's handle of torch's device ``index``: by UUID, since CUDA_VISIBLE_DEVICES renumbers torch's side only."""
     uuid = str(torch.cuda.get_device_properties(index).uuid)
     return nvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
