@@ -3,10 +3,14 @@
     from lab.integrations import MemoryCallback
     trainer = Trainer(..., callbacks=[MemoryCallback()])
 
-Phases, from the Trainer's own events (transformers 5.17 to 5.23, trainer.py, _run_epoch): ``forward`` from
-on_step_begin (on_substep_end) to Accelerator.backward, ``backward`` that call, ``optimizer_step`` from its end after the last
-micro-batch (so clipping counts to it) to on_optimizer_step, ``zero_grad`` from there to on_step_end. DeepSpeed steps
-inside Accelerator.backward: there the step is part of ``backward``.
+Phases, from the Trainer's own events (transformers 5.17 to 5.23, trainer.py, _run_epoch):
+
+==============  ============================================================================================
+forward         on_step_begin (on_substep_end) to Accelerator.backward
+backward        that call; with DeepSpeed, which steps inside it, the optimizer's step too
+optimizer_step  from there after the last micro-batch, so clipping counts to it, to on_optimizer_step
+zero_grad       to on_step_end
+==============  ============================================================================================
 """
 
 from __future__ import annotations

@@ -1,0 +1,58 @@
+"""MemoryCallback in a real transformers.Trainer run: phases, prediction to the byte, record, logs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.analytic.step import Replay
+from lab.analytic.timeline import phases
+from lab.config import run_config_from_json
+from lab.track.bundle import read_records
+from lab.vocab import STEP_PHASES
+from tests.distributed.small_run import ENVIRONMENT, ROOT, lab
+
+pytestmark = pytest.mark.distributed
+
+
+def example(folder: Path, *options: str) -> str:
+    command = [sys.executable, str(ROOT / "launch/hf_trainer_example.py"), *options]
+    done = subprocess.run(
+        command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_prediction_is_the_measurement(tmp_path: Path) -> None:
+    out = example(tmp_path, "--layers", "3", "--accumulation", "2", "--checkpointing", "--optim", "adamw_torch")
+    ((_, record),) = read_records([tmp_path / "outputs"])
+    assert record.status == "ok"
+    assert record.prediction is not None
+    assert not [n for n in record.notes if n.startswith("no prediction")]
+    replay: Any = Replay(run_config_from_json(record.config))
+    replay.build()
+    for index, step in enumerate(record.ranks[0].steps):
+        replay.step()
+        predicted = phases(replay.trace.events, index)
+        assert tuple(step.phases) == STEP_PHASES
+        for phase, reading in step.phases.items():
+            assert predicted[phase].peak.total_bytes == reading.peak_allocated_bytes, (index, phase)
+            assert predicted[phase].end.total_bytes == reading.end_allocated_bytes, (index, phase)
+    assert all(step.loss is not None for step in record.ranks[0].steps)
+    peak = next(r for r in record.residuals if r.where == "peak")
+    assert peak.predicted_bytes == peak.measured_bytes
+
+    logs = [ast.literal_eval(line) for line in out.splitlines() if line.startswith("{'loss'")]
+    assert len(logs) == 4
+    assert float(logs[-1]["memory/predicted_peak_gib"]) == float(logs[-1]["memory/measured_peak_gib"]) > 0
+
+    shown = lab("compare", "outputs", cwd=tmp_path)
+    assert "single" in shown.stdout
+    assert "0.00" in shown.stdout
+    assert lab("validate", "outputs", cwd=tmp_path).returncode == 0

@@ -1,0 +1,121 @@
+"""TrainingArguments and a model's facts -> the run that is predicted; what cannot be predicted is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lab.config import ConfigError, RunConfig, load
+from lab.integrations.settings import Facts, Settings, trainer_settings
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+FACTS = Facts(device_type="cpu", world_size=1, max_steps=10, seq_len=96)
+ARGUMENTS: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "max_grad_norm": 1.0,
+    "weight_decay": 0.0,
+    "bf16": True,
+    "fp16": False,
+    "optim": "adamw_torch_fused",
+    "gradient_checkpointing": False,
+    "gradient_checkpointing_kwargs": None,
+    "label_smoothing_factor": 0.0,
+    "torch_compile": False,
+    "n_gpu": 0,
+}
+
+
+def mapped(folder: Path, facts: Facts = FACTS, **arguments: Any) -> Settings:
+    path = folder / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    return trainer_settings(SimpleNamespace(**{**ARGUMENTS, **arguments}), facts, str(path), "mine", str(folder))
+
+
+def configured(folder: Path, facts: Facts = FACTS, **arguments: Any) -> RunConfig:
+    settings = mapped(folder, facts, **arguments)
+    assert settings.missing == []
+    return load(settings.overrides)
+
+
+def test_the_usual(tmp_path: Path) -> None:
+    cfg = configured(tmp_path)
+    t = cfg.train
+    assert (t.micro_batch_size, t.seq_len, t.gradient_accumulation_steps, t.steps) == (4, 96, 2, 10)
+    assert (cfg.model.family, cfg.model.num_layers, cfg.model.num_kv_heads) == ("llama", 2, 2)
+    assert (cfg.engine.kind, cfg.engine.batch_tensors, cfg.engine.attention_mask) == ("hf_trainer", 3, True)
+    assert (cfg.precision.kind, cfg.optimizer.implementation, t.max_grad_norm) == ("bf16_mixed", "fused", 1.0)
+    assert (cfg.parallel.strategy, cfg.checkpointing.kind, cfg.attention.backend) == ("single", "none", "auto")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "setting", "value"),
+    [
+        ({"bf16": False}, {}, "precision.kind", "fp32"),
+        ({"bf16": False}, {"parameter_dtype": "bfloat16"}, "precision.kind", "bf16_pure"),
+        ({}, {"parameter_dtype": "bfloat16"}, "precision.kind", "bf16_pure"),
+        ({"max_grad_norm": 0.0}, {}, "train.max_grad_norm", None),
+        ({"optim": "adamw_torch"}, {}, "optimizer.implementation", "for_loop"),
+        ({"optim": SimpleNamespace(value="adamw_bnb_8bit")}, {}, "optimizer.kind", "adamw_8bit"),
+        ({"gradient_checkpointing": True}, {}, "checkpointing.kind", "full"),
+        ({"activation_checkpointing": True}, {}, "checkpointing.kind", "full"),
+        ({}, {"attention": "eager"}, "attention.backend", "eager"),
+        ({}, {"batch_keys": ("input_ids", "labels")}, "engine.attention_mask", False),
+        ({}, {"world_size": 2, "distributed_type": "MULTI_CPU"}, "parallel.strategy", "ddp"),
+    ],
+)
+def test_one_argument(
+    arguments: dict[str, Any], changes: dict[str, Any], setting: str, value: object, tmp_path: Path
+) -> None:
+    found: Any = configured(tmp_path, dataclasses.replace(FACTS, **changes), **arguments)
+    for part in setting.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+def test_deepspeed_as_applied(tmp_path: Path) -> None:
+    zero = {"stage": 2, "reduce_bucket_size": 5e6, "overlap_comm": True, "allgather_bucket_size": "auto"}
+    applied = {"zero_optimization": zero, "bf16": {"enabled": True}}
+    facts = dataclasses.replace(FACTS, world_size=2, distributed_type="DEEPSPEED", deepspeed=applied)
+    cfg = configured(tmp_path, facts)
+    assert (cfg.parallel.strategy, cfg.precision.kind) == ("zero2", "bf16_mixed")
+    assert (cfg.parallel.zero.reduce_bucket_size, cfg.parallel.zero.overlap_comm) == (5_000_000, True)
+    assert any("two" in text for text in mapped(tmp_path, facts).assumed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "reason"),
+    [
+        ({"optim": "adafactor"}, {}, "optim=adafactor"),
+        ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor=0.1"),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, {}, "reentrant"),
+        ({"n_gpu": 2}, {}, "DataParallel"),
+        ({}, {"adapted": True}, "peft"),
+        ({}, {"quantized": True}, "quantized"),
+        ({}, {"attention": "flash_attention_2"}, "flash_attention_2"),
+        ({}, {"distributed_type": "FSDP", "world_size": 2}, "FSDP through a Trainer"),
+    ],
+)
+def test_no_prediction_and_why(arguments: dict[str, Any], changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    assert any(reason in text for text in mapped(tmp_path, dataclasses.replace(FACTS, **changes), **arguments).missing)
+
+
+def test_lab_train_refuses_it(tmp_path: Path) -> None:
+    from lab.train import run
+
+    with pytest.raises(ConfigError, match="engine=hf_trainer: measured in your own Trainer"):
+        run(configured(tmp_path), [])
