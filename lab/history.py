@@ -1,4 +1,4 @@
-"""Blocks that were live at the peak of a recorded allocator history (``measure=snapshot``). Standard library only.
+"""Blocks that were live at the peak of a recorded allocator history (``measure=snapshot``). No torch.
 
 A snapshot (``torch.cuda.memory._dump_snapshot``) holds the allocator's segments when it was taken and the events
 of the recorded time in order. Going back from the end undoes them one by one; the richest moment on the way
@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from lab.curve import ALLOCATE, FREE, MARK, CurvePoint
 
 ALIGNMENT = 512  # the allocator's kMinBlockSize: requests are rounded up to it
 
@@ -58,6 +60,37 @@ def blocks_at_peak(snapshot: Mapping[str, Any]) -> list[HistoryBlock]:
     return _forward(events[:richest], live)
 
 
+def curve_of(snapshot: Mapping[str, Any]) -> list[CurvePoint]:
+    """The recorded time's allocations and frees, with the totals that end at what the snapshot holds.
+
+    A history says no phase and no category; ``label`` is the Python line. It has requests, not the blocks that served
+    them, so ``allocated_bytes`` is not known in between.
+    """
+    events: Sequence[Mapping[str, Any]] = next((t for t in snapshot["device_traces"] if t), [])
+    requested = sum(
+        _rounded(block.get("requested_size", block["size"]))
+        for segment in snapshot["segments"]
+        for block in segment["blocks"]
+        if block["state"] == "active_allocated"
+    )
+    reserved = sum(segment.get("total_size", 0) for segment in snapshot["segments"])
+    points: list[CurvePoint] = []
+    for event in reversed(events):
+        action, size = event["action"], event["size"]
+        change = _rounded(size) if action == "alloc" else -_rounded(size) if action == "free_completed" else 0
+        if change:
+            kind = ALLOCATE if change > 0 else FREE
+            label = _block(size, event.get("frames", ())).where
+            points.append(CurvePoint(kind, "", change, "", "", label, requested, None, reserved))
+            requested -= change
+        elif action == "segment_alloc":
+            reserved -= size
+        elif action == "segment_free":
+            reserved += size
+    points.append(CurvePoint(MARK, "", 0, "", "", "start", requested, None, reserved))
+    return points[::-1]
+
+
 def _forward(events: Sequence[Mapping[str, Any]], live: dict[int, HistoryBlock]) -> list[HistoryBlock]:
     """The blocks after ``events``, from what was live before them."""
     for event in events:
@@ -70,4 +103,8 @@ def _forward(events: Sequence[Mapping[str, Any]], live: dict[int, HistoryBlock])
 
 def _block(size: int, frames: Sequence[Mapping[str, Any]]) -> HistoryBlock:
     place = [f"{Path(f['filename']).name}:{f['line']} {f['name']}" for f in frames[:2]]
-    return HistoryBlock(-(-size // ALIGNMENT) * ALIGNMENT, " < ".join(place))
+    return HistoryBlock(_rounded(size), " < ".join(place))
+
+
+def _rounded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

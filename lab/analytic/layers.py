@@ -107,15 +107,21 @@ class Layers:
             for m in self.members
         ]
         self.recordings: dict[Hashable, Recording | None] = {}
-        self.begun = False
+        # Workspaces are taken once, in forward by the first block, in backward by the last of those checkpointed or not.
+        self.first_pass = True
+        by_kind = {self.decoder.checkpointed(i): i for i in range(len(self.members))}
+        self.takes_workspaces = {0, *by_kind.values()}
         nothing = Storage(self.trace, 0, MemoryCategory.TEMPORARIES, "")
         self.plain = Tensor(nothing, 1, 1)  # what hooks are called with: they look at the node alone
         self.differentiable = Tensor(nothing, 1, 1, Node(self.tape, [], lambda grads: []))
 
     def call(self, i: int, x: Tensor) -> Tensor:
         """Block i's output."""
-        recording = self._recording(i, x) if self.begun and self.tape.pack is None else None
-        self.begun = True  # the first block takes the workspaces, and whatever else is taken once
+        last = len(self.members) - 1
+        alone = self.tape.pack is not None or (self.first_pass and i in self.takes_workspaces)
+        recording = None if alone else self._recording(i, x)
+        if i == last:
+            self.first_pass = False
         if recording is None:
             return self.decoder.call_block(i, x)
         trace, layer = self.trace, _Layer(recording, i, self.trace.next_id, x)

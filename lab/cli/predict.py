@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from lab.analytic import predict
 from lab.analytic.boundary import TIGHT_BYTES, least_limit_bytes, replayed
+from lab.analytic.curve import memory_curve
 from lab.cli.arguments import Parser
 from lab.cli.points import Point, study_points
 from lab.config import RunConfig, load
+from lab.curve import write_curve
 from lab.record import Moment, Prediction, StepPrediction
 from lab.report.text import markdown_table, text_table
 from lab.units import gib_text, readable
@@ -21,6 +24,7 @@ HELP = """Predicts the memory of one run from its configuration alone: no torch,
   lab predict experiment=zero_stages parallel=zero2 --json
   lab predict experiment=zero_stages --points                     every point of a study
   lab predict model=7b world_size=8 hardware=h200 parallel=zero2,zero3 checkpointing=none,full --points
+  lab predict model=1b hardware=h200 --curve curve.csv            allocations and frees of the steady step, in order
 """
 
 
@@ -29,12 +33,15 @@ def run(argv: Sequence[str]) -> int:
     parser.add_overrides()
     parser.add_argument("--json", action="store_true", help="the stable JSON object instead of a table")
     parser.add_argument("--points", action="store_true", help="a Markdown table: a study's points, or those of a=x,y")
+    parser.add_argument("--curve", metavar="FILE", help="write the steady step's memory curve, .json or .csv")
     arguments = parser.parse(argv)
     if arguments.points:
         print(points_text(study_points(arguments.overrides)))
         return 0
     cfg = load(arguments.overrides)
     prediction = predict(cfg)
+    if arguments.curve:
+        write_curve(Path(arguments.curve), memory_curve(cfg))
     if arguments.json:
         print(json.dumps(prediction.to_cli_json(), indent=1))
     else:

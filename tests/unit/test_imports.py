@@ -22,7 +22,7 @@ LAB = Path(__file__).resolve().parents[2] / "lab"
 # A room may import rooms of earlier lines, and of its own set in its own line.
 LEVELS: list[list[set[str]]] = [
     [{"vocab", "units"}],
-    [{"config", "record", "history"}],
+    [{"config", "record", "curve", "history"}],
     [{"analytic"}, {"model", "transforms", "parallel", "optim", "data"}, {"measure"}],
     [{"build", "loop", "metrics", "progress"}],
     [{"compare", "block_diff"}],
@@ -33,7 +33,7 @@ LEVELS: list[list[set[str]]] = [
 PLACE = {
     room: (level, group) for level, sets in enumerate(LEVELS) for group, rooms in enumerate(sets) for room in rooms
 }
-WITHOUT_TORCH = {"vocab", "units", "config", "record", "history", "analytic"}
+WITHOUT_TORCH = {"vocab", "units", "config", "record", "curve", "history", "analytic"}
 IN_ONE_PLACE = ("deepspeed", "accelerate", "bitsandbytes", "peft", "wandb")
 
 
@@ -114,7 +114,7 @@ def test_only_compare_and_what_is_above_see_prediction_and_measurement() -> None
     """The analytic and the measuring side share words, never arithmetic."""
     for room, others in [("analytic", {"measure"}), ("measure", {"analytic"})]:
         seen = {i.module.split(".")[1] for i in ALL if i.room == room and i.module.startswith("lab.")}
-        assert seen <= {room, "vocab", "units", "config", "record"}
+        assert seen <= {room, "vocab", "units", "config", "record", "curve"}
         assert not seen & others
 
 
