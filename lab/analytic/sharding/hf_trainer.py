@@ -8,9 +8,10 @@ and never again (distributed.py, _ddp_init_helper; reducer.hpp, should_rebuild_b
 from __future__ import annotations
 
 from lab.analytic.architecture import ParameterSpec
+from lab.analytic.ops import Quantized
 from lab.analytic.optimizers import clip_gradients
 from lab.analytic.sharding.accelerate import AccelerateDDP, AccelerateSingle
-from lab.analytic.sharding.base import Rule
+from lab.analytic.sharding.base import PARAMETERS, Rule
 from lab.analytic.sharding.zero import Zero1, Zero2
 from lab.analytic.sharding.zero3 import Zero3
 from lab.analytic.tape import Tensor
@@ -21,6 +22,10 @@ class _Clipped(Rule):
     """_clip_grad_norm (with max_grad_norm 0 the same with an infinite one, for the log), then the step."""
 
     grad_norm: Tensor | None = None
+
+    def materialise(self, spec: ParameterSpec) -> tuple[Tensor, Quantized | None]:
+        """The weights come from the host as they are."""
+        return self.tape.new(spec.numel, self.itemsize_of(spec), spec.name, PARAMETERS), None
 
     def optimizer_step(self) -> None:
         self.grad_norm = None
