@@ -42,7 +42,7 @@ def run(argv: Sequence[str]) -> int:
     arguments = parser.parse(argv)
     if arguments.measure:
         if arguments.paths or arguments.where or arguments.json:
-            raise ConfigError("--measure", "", "takes no records and prints YAML; drop the other arguments")
+            raise ConfigError("hardware", "--measure", "takes no records and prints YAML; drop the other arguments")
         return _measure(arguments.output)
     paths = [Path(p) for p in arguments.paths or ["outputs"]]
     row = hardware_row(record for _, record in select(read_records(paths), arguments.where))
@@ -78,11 +78,13 @@ def _measure(output: str | None) -> int:
 def read_probe() -> Probe:
     """The probe in a process of its own, gone (with its CUDA context) before the study starts."""
     if not visible_gpu_names():
-        raise ConfigError("--measure", "", "this machine shows no GPU")
+        raise ConfigError("hardware", "auto", "this machine shows no GPU; `lab hardware --measure` needs one")
     command = [sys.executable, "-m", "lab.measure.gpu_probe"]
     done = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), check=False)
     if done.returncode != 0:
-        raise ConfigError("--measure", "", " ".join(done.stderr.strip().splitlines()[-1:]) or "the probe failed")
+        raise ConfigError(
+            "hardware", "--measure", " ".join(done.stderr.strip().splitlines()[-1:]) or "the probe failed"
+        )
     return Probe(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 

@@ -271,6 +271,15 @@ class RunConfig:
         return self.world_size
 
     @property
+    def vocab_size_is_ambiguous(self) -> bool:
+        """Do other saved tensors have rows as long as the logits' (written-out attention weights, for one)?"""
+        m = self.model
+        widths = [m.hidden_size, m.intermediate_size, m.num_heads * m.head_dim]
+        if self.attention.backend in (AttentionBackend.EAGER, AttentionBackend.MATH):
+            widths.append(self.train.seq_len)
+        return m.vocab_size in widths
+
+    @property
     def memory_limit_bytes(self) -> int | None:
         """What PyTorch's allocator may reserve on a rank's GPU; None: as much as there is."""
         gib = self.train.memory_limit_gib

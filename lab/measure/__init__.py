@@ -33,8 +33,7 @@ def make_meter(cfg: RunConfig, device: torch.device, rank: int, local_rank: int)
         backend.notes.append("train.compile: nothing is compiled while the CPU tracker's dispatch mode is on")
     workspaces = (cfg.hardware.cublas_workspace_bytes, cfg.hardware.cublaslt_workspace_bytes)
     ledger = Ledger(cfg.model.vocab_size, workspaces, cfg.checkpointing.kind is Checkpointing.SELECTIVE)
-    widths = (cfg.model.hidden_size, cfg.model.intermediate_size, cfg.model.num_heads * cfg.model.head_dim)
-    if cfg.model.vocab_size in widths:
+    if cfg.vocab_size_is_ambiguous:
         backend.notes.append("model.vocab_size equals another width: its activations count as logits_and_loss")
     return AllocatorMeter(
         backend,

@@ -136,3 +136,20 @@ def test_a_run_without_a_ledger_has_no_categories(tmp_path: Path, capsys: pytest
     tree = json.loads(capsys.readouterr().out)
     assert tree["categories"] == {}
     assert tree["points"] == 1
+
+
+def test_logits_as_wide_as_something_else_are_left_out() -> None:
+    """Attention weights of 8192 tokens beside a vocabulary of 8192: the ledger cannot tell which are which."""
+    from lab.cli.validate import check
+    from lab.config import load
+
+    given = ["hardware=h200", "model=25m", "model.max_seq_len=8192", "train.seq_len=8192"]
+    assert load([*given, "attention=eager"]).vocab_size_is_ambiguous
+    assert not load([*given, "attention=flash"]).vocab_size_is_ambiguous
+    assert not load([*given, "attention=eager", "model.vocab_size=8193"]).vocab_size_is_ambiguous
+    assert load([*given, "model.intermediate_size=8192"]).vocab_size_is_ambiguous
+    (source, record), *_ = select(read_records([MATRIX]), ["parallel=hsdp"])
+    names = {c.category for c in next(check([(source, record)])).categories}
+    record.config["model"]["vocab_size"] = record.config["model"]["hidden_size"]
+    left = {c.category for c in next(check([(source, record)])).categories}
+    assert names - left == {"activations", "logits_and_loss"}
