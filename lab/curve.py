@@ -34,7 +34,7 @@ class CurvePoint:
 
 
 def write_curve(path: Path, points: Sequence[CurvePoint]) -> None:
-    """``.json``: a list of objects; ``.csv``: a header and a row per point, None as an empty cell. Raises ConfigError."""
+    """``.json``: a list of objects; ``.csv``: a header and a row per point, None an empty cell. Raises ConfigError."""
     suffix = path.suffix.lower()
     if suffix not in (".json", ".csv"):
         raise ConfigError("--curve", path, "a file that ends in .json or .csv")

@@ -16,7 +16,7 @@ from collections.abc import Hashable, Sequence
 from sys import getrefcount
 
 from lab.analytic.decoder import Decoder
-from lab.analytic.layer_recording import (
+from lab.analytic.layer_instructions import (
     Gradient,
     Hold,
     Hook,
@@ -28,8 +28,8 @@ from lab.analytic.layer_recording import (
     Recording,
     Unrecordable,
     Value,
-    record,
 )
+from lab.analytic.layer_recording import record
 from lab.analytic.ops import Parameter
 from lab.analytic.step import Replay
 from lab.analytic.tape import SEGMENT, Backward, Grads, Node, Storage, Tensor
@@ -107,7 +107,7 @@ class Layers:
             for m in self.members
         ]
         self.recordings: dict[Hashable, Recording | None] = {}
-        # Workspaces are taken once, in forward by the first block, in backward by the last of those checkpointed or not.
+        # Workspaces are taken for good: in forward by the first block, in backward by the last, checkpointed or not.
         self.first_pass = True
         by_kind = {self.decoder.checkpointed(i): i for i in range(len(self.members))}
         self.takes_workspaces = {0, *by_kind.values()}

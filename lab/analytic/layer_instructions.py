@@ -1,0 +1,127 @@
+"""What a recorded block consists of: instructions, in the order in which a block of its kind carries them out.
+
+``lab.analytic.layer_recording`` makes them, ``lab.analytic.layers`` carries them out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lab.analytic.segments import Segment
+from lab.analytic.tape import Storage, Tensor, Trace
+from lab.vocab import MemoryCategory
+
+
+class Unrecordable(Exception):
+    """This block has to be replayed operation by operation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor that outlives its instruction: where its bytes are, and what it is by then."""
+
+    ident: int  # among the block's storages
+    nbytes: int
+    category: MemoryCategory
+    label: str
+    numel: int
+    itemsize: int
+    has_base: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Value:
+        s = tensor.storage
+        return cls(s.id, s.nbytes, s.category, s.label, tensor.numel, tensor.itemsize, tensor.has_base)
+
+
+@dataclass(slots=True)
+class Play:
+    """Events in the block's own storages. ``place``: the segment's index in the trace that it is played into."""
+
+    segment: Segment
+    place: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """The strategy's hook on a module's input (``entering``) or output; ``node``: it puts a node there."""
+
+    module: str
+    entering: bool
+    needs_gradient: bool
+    node: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """The backward of the n-th node that a hook put."""
+
+    node: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """A parameter's gradient is there."""
+
+    parameter: str
+    value: Value
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """The parameter's present storage is kept (``let_go`` false), or no longer."""
+
+    index: int
+    parameter: str
+    let_go: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Outer:
+    """The block's input, or the gradient that came in: given back, or counted as another category from here on."""
+
+    gradient: bool
+    category: MemoryCategory | None
+
+
+Instruction = Play | Hook | Pass | Gradient | Hold | Outer
+
+
+@dataclass
+class Recording:
+    """What one block does."""
+
+    module: str  # the block that was recorded
+    num_storages: int
+    forward: list[Instruction]
+    output: Value
+    casts: list[tuple[str, Value]]  # autocast copies that only the model's cache holds
+    keeps_input: bool
+    differentiable: bool = False
+    backward: list[Instruction] = field(default_factory=list)
+    returned: Value | None = None  # what arrives at the block's input
+    returns_gradient: bool = False  # it is the gradient that came in
+    gradient: Incoming | None = None  # what was taken for the gradient that comes in
+    attributes: list[Value | None] = field(default_factory=list)  # kept to the graph's end; None: the block's input
+    needed_workspaces: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """A tensor from outside, as far as it matters inside."""
+
+    nbytes: int
+    category: MemoryCategory
+    numel: int
+    itemsize: int
+    has_base: bool = False
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Incoming:
+        s = tensor.storage
+        return cls(s.nbytes, s.category, tensor.numel, tensor.itemsize, tensor.has_base)
+
+    def make(self, trace: Trace, label: str) -> Tensor:
+        tensor = Tensor(Storage(trace, self.nbytes, self.category, label), self.numel, self.itemsize)
+        tensor.has_base = self.has_base
+        return tensor

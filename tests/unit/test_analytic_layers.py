@@ -1,0 +1,176 @@
+"""Blocks that are repeated from a recording: the events are those of a replay that runs every block's code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from lab.analytic import predict
+from lab.analytic.decoder import Decoder
+from lab.analytic.layer_instructions import Unrecordable
+from lab.analytic.layers import repeat_layers, replay_steps
+from lab.analytic.segments import spelled_out
+from lab.analytic.step import Replay
+from lab.analytic.tape import ALLOC, EMPTY_CACHE, MARK, SEGMENT, Event
+from lab.analytic.timeline import Timeline, phases
+from lab.config import RunConfig, load
+from lab.vocab import STEP_PHASES
+
+SMALL = ["model=tiny", "model.num_layers=5", "train.seq_len=64", "train.micro_batch_size=2", "train.steps=4"]
+GPU, CPU = "hardware=h200", "hardware=cpu"
+OTHER = ["model.norm=layernorm", "model.mlp=gelu", "model.position=learned", "model.bias=true", "model.tied_head=true"]
+BUCKETS = "parallel.zero.reduce_bucket_size=200000"
+CASES = [
+    [GPU],
+    [GPU, "precision=bf16_pure", *OTHER, "model.dropout=0.1"],
+    [GPU, "precision=fp16_mixed", "model.fused_qkv=true", "model.num_kv_heads=1", "train.max_grad_norm=1.0"],
+    [GPU, "precision=fp32", "attention=math", "loss=chunked", "train.gradient_accumulation_steps=3"],
+    [GPU, "checkpointing=full", *OTHER],
+    [GPU, "checkpointing=every_k", *OTHER, "attention=eager"],
+    [GPU, "checkpointing=selective", "attention=flash"],
+    [CPU],
+    [CPU, "checkpointing=selective", "train.gradient_accumulation_steps=2", "precision=bf16_pure"],
+    [GPU, "parallel=ddp", "world_size=2", "parallel.ddp.bucket_cap_mb=1"],
+    [GPU, "parallel=ddp", "world_size=2", "parallel.ddp.gradient_as_bucket_view=true", "checkpointing=full"],
+    [GPU, "parallel=zero1", "world_size=3", BUCKETS, "train.gradient_accumulation_steps=2"],
+    [GPU, "parallel=zero2", "world_size=3", BUCKETS, "parallel.zero.overlap_comm=true"],
+    [CPU, "parallel=zero2", "world_size=2", "parallel.zero.contiguous_gradients=false", BUCKETS],
+    [GPU, "parallel=zero3", "world_size=4", BUCKETS],
+    [GPU, "parallel=zero3", "world_size=2", BUCKETS, "checkpointing=full", "train.gradient_accumulation_steps=2"],
+    [
+        *(GPU, "parallel=zero3", "world_size=4", BUCKETS),
+        *("checkpointing=every_k", "parallel.zero.stage3_max_live_parameters=0"),
+    ],
+    [
+        *(GPU, "parallel=zero3", "world_size=2", BUCKETS, "parallel.zero.stage3_param_persistence_threshold=0"),
+        *("parallel.zero.stage3_prefetch_bucket_size=100000", "parallel.zero.stage3_max_reuse_distance=100000"),
+    ],
+    [CPU, "parallel=zero3", "world_size=2", BUCKETS, "checkpointing=selective", *OTHER],
+    [GPU, "parallel=fsdp", "world_size=4", "train.gradient_accumulation_steps=2"],
+    [GPU, "parallel=fsdp_grad_op", "world_size=4", "precision=bf16_pure", "checkpointing=full"],
+    [CPU, "parallel=hsdp", "world_size=4", "precision=fp32"],
+    [GPU, "adapter=lora"],
+    [GPU, "adapter=lora", "quantization=nf4_double", "checkpointing=full"],
+    [GPU, "adapter=lora", "quantization=int8", *OTHER],
+    [CPU, "adapter=dora", "parallel=ddp", "world_size=2"],
+    [GPU, "engine=accelerate", "parallel=fsdp", "world_size=2"],
+    [GPU, "engine=accelerate", "parallel=ddp", "world_size=2"],
+    [GPU, "engine=accelerate", "parallel=zero3", "world_size=2", BUCKETS],
+    [GPU, "optimizer=adafactor"],
+    [GPU, "optimizer=adamw_8bit", "parallel=zero2", "world_size=2", BUCKETS],
+]  # fmt: skip
+
+
+def config(overrides: Sequence[str]) -> RunConfig:
+    return load([*SMALL, *overrides])
+
+
+def name_of(overrides: Sequence[str]) -> str:
+    return "-".join(o.rpartition("=")[2] for o in overrides[:4])
+
+
+def in_full(cfg: RunConfig, rank: int, steps: int) -> Replay:
+    """Every block's code run."""
+    replay = Replay(cfg, rank)
+    replay.build()
+    for _ in range(steps):
+        replay.step()
+    return replay
+
+
+def numbered(events: Sequence[Event]) -> list[Event]:
+    """Storages numbered in the order in which they are made."""
+    names: dict[int, int] = {}
+    out: list[Event] = []
+    for kind, ident, nbytes, category, label, stream in events:
+        if kind == ALLOC:
+            names[ident] = len(names)
+        out.append((kind, names[ident] if kind not in (MARK, EMPTY_CACHE) else -1, nbytes, category, label, stream))
+    return out
+
+
+@pytest.mark.parametrize("overrides", CASES, ids=name_of)
+def test_events_are_those_of_a_full_replay(overrides: list[str]) -> None:
+    """Kind, bytes, category, label, stream and which storage, event by event."""
+    cfg = config(overrides)
+    rank = Replay(cfg).rule.ranks()[-1]
+    fast = replay_steps(cfg, rank)
+    assert any(e[0] == SEGMENT for e in fast.trace.events), "no block was repeated"
+    full = in_full(cfg, rank, fast.done)
+    assert numbered(spelled_out(fast.trace.events, fast.trace.segments)) == numbered(full.trace.events)
+
+
+@pytest.mark.parametrize("overrides", CASES, ids=name_of)
+def test_segments_are_read_as_their_events_are(overrides: list[str]) -> None:
+    """Peaks, ends and their categories; and the step from which tensors repeat is like the steady one."""
+    cfg = config(overrides)
+    rank = Replay(cfg).rule.ranks()[0]
+    fast = replay_steps(cfg, rank)
+    events, steady = spelled_out(fast.trace.events, fast.trace.segments), fast.done - 1
+    (first, repeating, last), _ = Timeline(fast.trace.events, fast.trace.segments).read(
+        [0, fast.rule.repeats_from, steady]
+    )
+    assert (first, last) == (phases(events, 0), phases(events, steady))
+    assert repeating == last
+    assert set(last) == set(STEP_PHASES)
+
+
+@pytest.mark.parametrize("overrides", [CASES[0], CASES[9], CASES[14], CASES[19]], ids=name_of)
+def test_allocated_level_is_the_full_replay_without_the_allocator(overrides: list[str]) -> None:
+    cfg = config(overrides)
+    quick = predict(cfg, "allocated")
+    by_phase = phases(in_full(cfg, Replay(cfg).rule.ranks()[0], 3).trace.events, 2)
+    assert quick.steady.phases == by_phase
+    assert quick.steady.allocated_bytes == max(p.peak.total_bytes for p in by_phase.values())
+    assert quick.fits is None
+    assert "lower bounds" in quick.assumptions[-1]
+    whole = predict(cfg)
+    assert quick.states == whole.states
+    assert quick.steady.allocated_bytes <= whole.steady.allocated_bytes <= whole.steady.reserved_bytes
+
+
+def test_on_a_cpu_both_levels_are_one() -> None:
+    cfg = config([CPU, "parallel=zero1", "world_size=2"])
+    assert predict(cfg, "allocated") == predict(cfg)
+
+
+def test_a_block_of_its_own_kind_is_recorded_for_itself() -> None:
+    """Every second block checkpointed: two kinds, each with a recording."""
+    replay = replay_steps(config([GPU, "checkpointing=every_k"]), 0)
+    modules = {e[3] for e in replay.trace.events if e[0] == SEGMENT}
+    assert modules == {f"blocks.{i}" for i in range(5)}
+    assert len({s.module for s in replay.trace.segments}) == 2
+
+
+class _Unlike(Decoder):
+    """A decoder whose blocks save a tensor of the model's: not a block's own affair."""
+
+    def block(self, i: int, x):  # type: ignore[no-untyped-def]
+        y = super().block(i, x)
+        self.ops.tape.save(y.node, self.rope_tables[0])
+        return y
+
+
+def test_what_cannot_be_recorded_is_replayed() -> None:
+    cfg = config([GPU])
+    replay = Replay(cfg)
+    replay.build()
+    replay.decoder.__class__ = _Unlike
+    replay.step()
+    other = Replay(cfg)
+    other.build()
+    repeat_layers(other)
+    other.decoder.__class__ = _Unlike
+    other.step()
+    assert not other.trace.segments
+    assert numbered(other.trace.events) == numbered(replay.trace.events)
+
+
+def test_a_hook_that_is_not_as_declared_is_noticed() -> None:
+    replay = Replay(config([GPU, "parallel=zero3", "world_size=2", BUCKETS]))
+    replay.build()
+    replay.rule.hook_nodes = False
+    repeat_layers(replay)
+    with pytest.raises(Unrecordable):
+        replay.step()
