@@ -23,6 +23,7 @@ import psutil
 import torch
 
 from lab.config import ConfigError
+from lab.measure import Meter
 from lab.record import write_json_atomic
 from lab.run_state import RunState
 from lab.vocab import RunStatus
@@ -50,6 +51,24 @@ def requested_bytes(message: str) -> int | None:
     if found := re.search(r"[Tt]ried to allocate ([\d.]+) ?(B|KiB|MiB|GiB|bytes)", message):
         return round(float(found.group(1)) * _UNITS.get(found.group(2), 1))
     return None
+
+
+def oom_moment(meter: Meter | None, error: BaseException) -> dict[str, Any]:
+    """Phase, step and bytes. The counters are read after the stack was unwound to here: what the dying
+    frames held is still alive through the exception's traceback."""
+    message = " ".join(str(error).split())
+    moment: dict[str, Any] = {"error": one_line(error), "message": message[:2000]}
+    if meter is not None:
+        moment["phase"] = meter.current_phase.value if meter.current_phase else None
+        moment["step"] = meter.current_step
+        if (reading := meter.now()) is not None:
+            moment["allocated_bytes"] = reading.end_allocated_bytes
+            moment["reserved_bytes"] = reading.end_reserved_bytes
+            moment["device_used_bytes"] = reading.device_used_bytes
+        if (step := meter.unfinished_step) is not None and meter.current_phase in step.phases:
+            moment["peak_allocated_bytes"] = step.phases[meter.current_phase].peak_allocated_bytes
+    moment["requested_bytes"] = requested_bytes(message)
+    return moment
 
 
 def words(state: RunState, kind: str) -> list[dict[str, Any]]:
@@ -106,7 +125,7 @@ class FaultHandler:
         self._ending.acquire()
         text = one_line(error)
         if is_out_of_memory(error):
-            self._leave("oom", self._oom_moment(error))
+            self._leave("oom", oom_moment(self.state.meter, error))
             print(f"rank {self.state.rank}: out of memory: {text}", file=sys.stderr)
         else:
             self._leave("failed", {"error": text})
@@ -152,23 +171,6 @@ class FaultHandler:
         if self.state.folder is not None:
             rank = self.state.rank
             write_json_atomic(self.state.folder.path / f"{kind}_rank_{rank}.json", {"rank": rank, **content})
-
-    def _oom_moment(self, error: BaseException) -> dict[str, Any]:
-        """Phase, step and bytes. The counters are read after the stack was unwound to here: what the dying
-        frames held is still alive through the exception's traceback."""
-        meter, message = self.state.meter, " ".join(str(error).split())
-        moment: dict[str, Any] = {"error": one_line(error), "message": message[:2000]}
-        if meter is not None:
-            moment["phase"] = meter.current_phase.value if meter.current_phase else None
-            moment["step"] = meter.current_step
-            if (reading := meter.now()) is not None:
-                moment["allocated_bytes"] = reading.end_allocated_bytes
-                moment["reserved_bytes"] = reading.end_reserved_bytes
-                moment["device_used_bytes"] = reading.device_used_bytes
-            if (step := meter.unfinished_step) is not None and meter.current_phase in step.phases:
-                moment["peak_allocated_bytes"] = step.phases[meter.current_phase].peak_allocated_bytes
-        moment["requested_bytes"] = requested_bytes(message)
-        return moment
 
 
 def _alive(pid: int) -> bool:

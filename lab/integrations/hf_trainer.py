@@ -15,6 +15,7 @@ zero_grad       to on_step_end
 
 from __future__ import annotations
 
+import atexit
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -37,6 +38,7 @@ class MemoryCallback:
         self.name, self.output_dir, self.seq_len = name, output_dir, seq_len
         self.run: TrainerRun | None = None
         self._patches = ExitStack()
+        atexit.register(self._abandoned)
 
     def __getattr__(self, event: str) -> Callable[..., None]:
         """Events that nothing is done for."""
@@ -97,6 +99,11 @@ class MemoryCallback:
         if self.run is not None:
             self._guarded(self.run.finish)
         self._close()
+
+    def _abandoned(self) -> None:
+        """The process ends in the middle of a training, with an error that the Trainer tells no callback of."""
+        if self.run is not None:
+            self._guarded(self.run.abandon, getattr(sys, "last_value", None))
 
     def _to(self, phase: StepPhase | None) -> None:
         if self.run is not None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lab.config import RunConfig, load
+from lab.faults import is_out_of_memory, one_line, oom_moment
 from lab.integrations.phases import PhaseSwitch
 from lab.integrations.settings import Facts, Settings, trainer_settings
 from lab.measure import gather, make_meter
@@ -169,6 +170,17 @@ class TrainerRun:
             self.state.finish(record)
             assert self.state.folder is not None
             print(f"lab: memory record: {self.state.folder.record_path}")
+
+    def abandon(self, error: BaseException | None) -> None:
+        """A record of a run that did not end well: what the ranks left on disk, and of this one what is known."""
+        if self.rank:
+            return
+        status, oom, text = RunStatus.INTERRUPTED, None, "the process ended before the training did"
+        if error is not None:
+            status, text = RunStatus.FAILED, one_line(error)
+            if is_out_of_memory(error):
+                status, oom = RunStatus.OOM, {"rank": self.rank, **oom_moment(self.meter, error)}
+        self.state.finish(self.state.record(status, self.state.known_ranks(), text, oom), limited=True)
 
     def close(self) -> None:
         self.phases.end_step()
