@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lab.analytic.reduce import column_sum_workspace_bytes
+from lab.analytic.reduce import column_partials
 from lab.analytic.tape import FP32, INT64, Accumulator, Grads, Node, Tape, Tensor, viewed
 from lab.vocab import MemoryCategory
 
@@ -87,11 +87,21 @@ class Ops:
         if nbytes and self.tape.trace.on_device_kernels:
             self.new(nbytes, 1, label)
 
+    def column_sum(self, rows: int, columns: int) -> None:
+        """The scratch memory of sum(dim=0) over [rows, columns]: a bias gradient."""
+        if self.tape.trace.on_device_kernels:
+            sizes = column_partials(rows, columns, self.num_streaming_multiprocessors)
+            held = [self.new(n, 1, "column sum") for n in sizes]
+            del held
+
     def matmul_workspace(self, thread: str, lt: bool) -> None:
         """cuBLAS takes its workspace at the first product of each thread, which has a handle of its own, and keeps it.
 
-        addmm with a bias goes through cuBLASLt (cuda/Blas.cpp), which has another one.
+        addmm with a bias goes through cuBLASLt (cuda/Blas.cpp), which has another one. A checkpointed region runs again
+        on backward's thread: its products may be the first there (chunked loss).
         """
+        if self.region is not None and self.region.replaying:
+            thread = "backward"
         for library, nbytes in (("cuBLAS", self.workspace_bytes), ("cuBLASLt", self.lt_workspace_bytes if lt else 0)):
             key = f"{library} workspace, {thread} thread"
             if nbytes and key not in self.workspaces:
@@ -253,10 +263,7 @@ class Ops:
                 gx = tape.new(numel_x, size, label + " input gradient")
             if needs_b:
                 gb = tape.new(out_features, size, f"gradient of {w.name} bias")
-                ops.scratch(
-                    column_sum_workspace_bytes(rows, out_features, size, ops.num_streaming_multiprocessors),
-                    "column sum",
-                )
+                ops.column_sum(rows, out_features)
             return [viewed(gx), gw, gb]
 
         bias_size = 0 if bias is None else bias.itemsize
@@ -291,10 +298,7 @@ class Ops:
                 out.append(None)
             elif b is not None:
                 out.append(tape.new(out_features, size, f"gradient of {b.name}"))
-                ops.scratch(
-                    column_sum_workspace_bytes(rows, out_features, size, ops.num_streaming_multiprocessors),
-                    "column sum",
-                )
+                ops.column_sum(rows, out_features)
             return out
 
         node = tape.node([x, *(p.leaf() for p in params)], backward)
@@ -353,7 +357,8 @@ class Ops:
         needs = [t.node is not None for t in (x, y)]
 
         def backward(grads: Grads) -> Grads:
-            return [tape.new(numel, size, label + " gradient") if need else None for need in needs]
+            gy, gx = (tape.new(numel, size, label + " gradient") if need else None for need in reversed(needs))
+            return [gx, gy]
 
         saved = [y if needs[0] else None, x if needs[1] else None]  # declared by name: other, self
         node = tape.node([x, y], backward, saved)

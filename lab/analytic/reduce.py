@@ -20,16 +20,12 @@ def _div_up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def column_sum_workspace_bytes(rows: int, columns: int, itemsize: int, num_sms: int) -> int:
-    """Bytes that sum(dim=0) of a contiguous [rows, columns] matrix takes while it runs.
-
-    Source: Reduce.cuh, setReduceConfig and ReduceConfig::global_memory_size; accumulation in fp32.
-    """
-    return sum(column_partials(rows, columns, num_sms))
-
-
 def column_partials(rows: int, columns: int, num_sms: int) -> tuple[int, int]:
-    """Bytes of a column reduction's two allocations: partial sums, and semaphores (one per group of outputs)."""
+    """Bytes of what sum(dim=0) of a contiguous [rows, columns] matrix takes while it runs; zeros where it takes none.
+
+    Two allocations: partial sums, and semaphores (one per group of outputs). Source: Reduce.cuh, setReduceConfig,
+    ReduceConfig::global_memory_size and semaphore_size; accumulation in fp32.
+    """
     vector = next(v for v in (4, 2, 1) if columns % v == 0)
     dim0 = columns // vector
     limit = MAX_THREADS // vector

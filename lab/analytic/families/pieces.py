@@ -7,7 +7,6 @@ whose operand has another type is made in the result's type and then cast (engin
 from __future__ import annotations
 
 from lab.analytic.ops import LOSS, Ops, Parameter
-from lab.analytic.reduce import column_sum_workspace_bytes
 from lab.analytic.tape import FP32, INT64, Grads, Node, Tensor
 
 CUBE = 3
@@ -134,8 +133,7 @@ def _scaled(ops: Ops, x: Tensor, weight: Tensor, rows: int, label: str, keep: Pa
         gw = None
         if product is not None:
             gw = tape.new(hidden, size, f"gradient of {label} weight")
-            workspace = column_sum_workspace_bytes(rows, hidden, size, ops.num_streaming_multiprocessors)
-            ops.scratch(workspace, "column sum")
+            ops.column_sum(rows, hidden)
             del product
             if back_w != size:
                 gw = tape.new(hidden, back_w, f"gradient of {label} weight")
@@ -259,8 +257,7 @@ def conv1d(ops: Ops, x: Tensor, w: Parameter, b: Parameter, rows: int, label: st
         ops.matmul_workspace("backward", lt=False)
         gb = tape.new(out_features, size, f"gradient of {b.name}") if needs_b else None
         if needs_b:
-            workspace = column_sum_workspace_bytes(rows, out_features, size, ops.num_streaming_multiprocessors)
-            ops.scratch(workspace, "column sum")
+            ops.column_sum(rows, out_features)
         return [gx, gw, gb]
 
     swaps = ops.linear_keeps_parameter  # ZeRO-3: autograd keeps the parameter, not its storage of the moment
