@@ -39,6 +39,27 @@ def assumptions(cfg: RunConfig, managed_bytes: int = 0) -> list[str]:
             f"{managed_bytes} bytes of optimizer states in CUDA managed memory, outside PyTorch's allocator: "
             "in device_used as long as the GPU has room for them, else on the host"
         )
+    out += _hf(cfg)
     if cfg.train.compile:
         out.append("train.compile=true: memory of compiled graphs is not modelled; this is the eager prediction")
+    return out
+
+
+def _hf(cfg: RunConfig) -> list[str]:
+    """What the op list of a Hugging Face family leaves out."""
+    model, hf = cfg.model, cfg.model.hf
+    if model.family == "lab":
+        return []
+    out = ["transformers' modeling code of 5.17 and 5.23, without kernels from the hub"]
+    if model.family == "other":
+        out.append(
+            f"approximate: no op list for model_type {hf.model_type}, replayed as a Llama of its shapes; its own "
+            "norms, projections, experts, activations and position encoding are left out"
+        )
+    if hf.activation not in ("silu", "gelu", "gelu_new"):
+        out.append(f"activation {hf.activation} replayed as silu, which keeps its input alone")
+    if hf.sliding_window is not None and cfg.train.seq_len >= hf.sliding_window:
+        out.append(f"sliding window of {hf.sliding_window} tokens: its mask and the kernels that take it are left out")
+    if hf.rope_type == "dynamic":
+        out.append("rotary frequencies that the forward recomputes are left out")
     return out

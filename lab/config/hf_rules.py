@@ -26,7 +26,6 @@ def check_hf(cfg: RunConfig) -> None:
             "transformers checkpoints whole blocks: use full, every_k or none with model=hf",
         )
     for name, value in [
-        ("dropout", model.dropout),
         ("embedding dropout", model.hf.embedding_dropout),
         ("residual dropout", model.hf.residual_dropout),
     ]:

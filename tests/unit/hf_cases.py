@@ -44,4 +44,6 @@ def write_config(folder: Path, name: str, **changes: Any) -> Path:
 def hf_overrides(path: Path, *more: str) -> list[str]:
     """A run of ``path`` with random weights."""
     base = ["model=hf", f"model.path={path}", "model.random_weights=true", "data.tokenizer_vocab_size=512"]
-    return [*base, "train.seq_len=32", "train.micro_batch_size=2", *more]
+    given = {o.partition("=")[0] for o in more}
+    sizes = [o for o in ("train.seq_len=32", "train.micro_batch_size=2") if o.partition("=")[0] not in given]
+    return [*base, *sizes, *more]
