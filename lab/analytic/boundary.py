@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 
 from lab.analytic.allocator import LARGE_SEGMENT, ROUND_LARGE, OutOfMemory, simulate
 from lab.analytic.hardware import outside_allocator_bytes
+from lab.analytic.layers import replay_steps
+from lab.analytic.segments import spelled_out
 from lab.analytic.step import Replay
 from lab.analytic.tape import MARK, Event
 from lab.config import ConfigError, RunConfig
@@ -77,11 +79,8 @@ def replayed(cfg: RunConfig) -> list[Replayed]:
     """Every rank that may be the first to run out."""
     out = []
     for rank in Replay(cfg).rule.ranks():
-        replay = Replay(cfg, rank)
-        replay.build()
-        for _ in range(min(cfg.train.steps, replay.rule.steady_step + 3)):
-            replay.step()
-        out.append(Replayed(rank, replay.trace.events, replay.trace.next_id))
+        trace = replay_steps(cfg, rank, further=2).trace
+        out.append(Replayed(rank, spelled_out(trace.events, trace.segments), trace.next_id))
     return out
 
 

@@ -39,10 +39,10 @@ from lab.vocab import MemoryCategory
 SPARE = 64  # storages by which a recording with another incoming gradient may exceed the first
 
 
-def replay_steps(cfg: RunConfig, rank: int, for_allocator: bool = True) -> Replay:
+def replay_steps(cfg: RunConfig, rank: int, for_allocator: bool = True, further: int = 0) -> Replay:
     """A run built and stepped up to the step from which steps repeat, or its last; ``trace`` may hold segments.
 
-    ``for_allocator``: up to where its cached segments repeat as well.
+    ``for_allocator``: up to where its cached segments repeat as well. ``further``: that many steps more.
     """
     for repeat in (True, False):
         replay = Replay(cfg, rank)
@@ -51,7 +51,7 @@ def replay_steps(cfg: RunConfig, rank: int, for_allocator: bool = True) -> Repla
             repeat_layers(replay)
         last = replay.rule.steady_step if for_allocator else replay.rule.repeats_from
         try:
-            for _ in range(min(cfg.train.steps, last + 1)):
+            for _ in range(min(cfg.train.steps, last + 1 + further)):
                 replay.step()
         except Unrecordable:
             continue

@@ -6,12 +6,11 @@ import json
 import os
 import statistics
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lab.analytic import predict
 from lab.cli.arguments import Parser
+from lab.cli.benchmark_predict import prediction_cost
 from lab.cli.process import clean_environment, threads, torchrun_command
 from lab.config import ConfigError, RunConfig, load
 from lab.record import read_record
@@ -20,7 +19,8 @@ from lab.vocab import RunStatus
 
 HELP = """speed     tokens/s of training with measure=off, from the third step on; one torchrun
 measure   what measure=counters costs per step: blocks of steps with and without it, alternating in one process
-predict   seconds of one prediction in a warm process, for 1b and 7b
+predict   milliseconds of one prediction, warm: 1b and 7b, per strategy, the allocated level alone and with the
+          allocator's simulation; and of `lab predict` as a command
 
   lab benchmark speed model=125m train.micro_batch_size=16 train.seq_len=1024 train.steps=60
   lab benchmark speed model=125m train.micro_batch_size=16 train.seq_len=1024 train.steps=60 train.compile=true
@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> int:
     for name in set(os.environ) - set(clean_environment()):
         del os.environ[name]
     if arguments.kind == "predict":
-        figures = _predict(arguments.overrides)
+        figures = prediction_cost(arguments.overrides)
     elif arguments.kind == "speed":
         figures = _speed(arguments.overrides)
     else:
@@ -110,19 +110,3 @@ def _measure(overrides: Sequence[str], rounds: int) -> dict[str, float | str]:
         "slowdown_percent_largest": 100.0 * (max(ratios) - 1.0),
         "result": str(result),
     }
-
-
-def _predict(overrides: Sequence[str]) -> dict[str, float | str]:
-    figures: dict[str, float | str] = {}
-    models = {o.partition("=")[2] for o in overrides if o.startswith("model=")} or {"1b", "7b"}
-    rest = [o for o in overrides if not o.startswith("model=")]
-    for model in sorted(models):
-        cfg = load([*_with_defaults(rest, parallel="zero3", world_size="4", hardware="h200"), f"model={model}"])
-        predict(cfg)  # warm: imports and caches
-        seconds = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            predict(cfg)
-            seconds.append(time.perf_counter() - begin)
-        figures[f"prediction_seconds_{model}"] = statistics.median(seconds)
-    return figures
