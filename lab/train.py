@@ -51,6 +51,7 @@ def run(cfg: RunConfig, command: list[str]) -> int:
     from lab.run_state import RunState
     from lab.track import RunFolder
     from lab.transforms.attention_probe import check_attention
+    from lab.transforms.quantization import check_compute_dtype
     from lab.vocab import RunStatus
 
     if cfg.engine.kind == "hf_trainer":
@@ -60,6 +61,7 @@ def run(cfg: RunConfig, command: list[str]) -> int:
     place = find_place(cfg)
     limit_memory(cfg, place.device)
     check_attention(cfg, place.device)
+    check_compute_dtype(cfg, place.device)
     make_batches(cfg, torch.device("meta"), place.rank)  # the corpus is there and large enough
     state = RunState(cfg, command, place.rank, place.local_rank)
     faults = FaultHandler(state)

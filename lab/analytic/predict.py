@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lab.analytic.allocator import Simulation, simulate
-from lab.analytic.architecture import num_parameters
 from lab.analytic.assumptions import assumptions
 from lab.analytic.boundary import Exhaustion, allocator_limit_bytes, exhaustion, replayed
 from lab.analytic.hardware import outside_allocator_bytes
+from lab.analytic.inventory import inventory
 from lab.analytic.layers import dismantle, replay_steps
 from lab.analytic.segments import spelled_out
 from lab.analytic.step import Replay
@@ -76,7 +76,7 @@ def _all_ranks(cfg: RunConfig, limit_bytes: int | None, simulated: bool = True) 
     first, steady, states, managed = zip(*runs, strict=True)
     worst = max(range(len(runs)), key=lambda i: steady[i].allocated_bytes)
     said = assumptions(cfg, max(managed))
-    prediction = Prediction(_worst(steady), _worst(first), states[worst], num_parameters(cfg.model), said)
+    prediction = Prediction(_worst(steady), _worst(first), states[worst], sum(s.numel for s in inventory(cfg)), said)
     prediction.managed_bytes = max(managed) or None
     return prediction
 

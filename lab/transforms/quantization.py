@@ -14,11 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lab.config import QuantizationConfig
+from lab.config import ConfigError, QuantizationConfig, RunConfig
 from lab.transforms.bnb import import_bitsandbytes
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "uint8": torch.uint8}
 _PARAMETERS, _LAYERS = ("Params4bit", "Int8Params"), ("Linear4bit", "Linear8bitLt")
+
+
+def check_compute_dtype(cfg: RunConfig, device: torch.device) -> None:
+    """ConfigError where 4-bit products are asked for in bf16 and the GPU has none (before compute capability 8.0)."""
+    q = cfg.quantization
+    if q.kind in ("none", "int8") or q.compute_dtype != "bf16" or device.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        reason = f"this GPU (compute capability {major}.{minor}) has no bf16: set fp16 and precision=fp16_mixed"
+        raise ConfigError("quantization.compute_dtype", "bf16", reason)
 
 
 def quantize_linears(model: nn.Module, cfg: QuantizationConfig) -> nn.Module:

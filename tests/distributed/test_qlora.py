@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.distributed.points_worker import off_by
-from tests.distributed.small_run import ENVIRONMENT, ROOT, small_run
 
 from lab.cli.points import study_points
+from tests.distributed.points_worker import off_by
+from tests.distributed.small_run import ENVIRONMENT, ROOT, small_run
 
 LORA = ["adapter=lora", "precision=bf16_mixed"]
 GPT2 = ["model.norm=layernorm", "model.mlp=gelu", "model.position=learned", "model.bias=true", "model.fused_qkv=true"]

@@ -1,0 +1,116 @@
+"""Adapters: which parameters they add and freeze, saved and loaded, refused in one line."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from lab.analytic.inventory import inventory, trainable
+from lab.build import build
+from lab.config import ConfigError, RunConfig, load
+from lab.parallel.saving import save_trained_adapter
+
+TINY = ["model=tiny", "model.num_layers=2", "model.vocab_size=300", "data.tokenizer_vocab_size=300", "hardware=cpu"]
+CPU = torch.device("cpu")
+
+
+def config(*more: str) -> RunConfig:
+    return load([*TINY, "precision=fp32", "adapter.dropout=0.0", *more])
+
+
+def loss_of(engine: object, cfg: RunConfig) -> torch.Tensor:
+    tokens = torch.arange(32).reshape(1, 32) % cfg.model.vocab_size
+    loss: torch.Tensor = engine.forward(tokens, tokens.roll(1, 1))  # type: ignore[attr-defined]
+    return loss
+
+
+def test_the_inventory_is_peft_s_own() -> None:
+    """Names in order, shapes, what is trained: the analytic list against the real model's parameters."""
+    for more in (["adapter=lora"], ["adapter=lora", "adapter.target_modules=[q_proj,down_proj]", "model.bias=true"]):
+        cfg = config(*more)
+        engine = build(cfg, CPU)
+        real = [
+            (n.replace(".base_layer", "").replace(".default", ""), tuple(p.shape), p.requires_grad)
+            for n, p in engine.decoder.named_parameters()  # type: ignore[attr-defined]
+        ]
+        assert [(s.name, s.shape, s.trainable) for s in inventory(cfg)] == real
+
+
+def test_lora_trains_what_the_paper_counts() -> None:
+    """Two matrices per target: r * (in + out); tiny has hidden 128 and inner 352."""
+    cfg = config("adapter=lora", "adapter.rank=4", "adapter.target_modules=[q_proj,down_proj]")
+    assert sum(s.numel for s in trainable(cfg)) == 2 * 4 * ((128 + 128) + (352 + 128))
+    trained = trainable(config("adapter=lora", "adapter.train_embeddings=true"))
+    assert trained[0].name == "embedding.weight"
+
+
+@pytest.mark.parametrize("more", [[], ["quantization=nf4_double"], ["adapter.train_embeddings=true"]])
+def test_train_save_reload_same_loss(more: list[str], tmp_path: Path) -> None:
+    cfg = config("adapter=lora", "optimizer.lr=0.01", *more)
+    engine = build(cfg, CPU)
+    before = loss_of(engine, cfg).item()
+    for _ in range(3):
+        engine.backward(loss_of(engine, cfg), last_micro_step=True)
+        engine.optimizer_step()
+        engine.zero_grad()
+    after = loss_of(engine, cfg).item()
+    assert after < before - 0.01
+    save_trained_adapter(engine, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    again = build(config("adapter=lora", *more, f"adapter.load={tmp_path / 'adapter'}"), CPU)
+    assert loss_of(again, cfg).item() == after
+    with pytest.raises(ConfigError, match="rank"):
+        build(config("adapter=lora", "adapter.rank=2", f"adapter.load={tmp_path / 'adapter'}"), CPU)
+
+
+def write_safetensors(path: Path, claimed: int, written: int) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [claimed // 4], "data_offsets": [0, claimed]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * written)
+
+
+def test_saved_adapters_that_are_refused(tmp_path: Path) -> None:
+    load_it = ["adapter=lora", f"adapter.load={tmp_path}"]
+    with pytest.raises(ConfigError, match=r"adapter_model\.safetensors"):
+        config(*load_it)
+    torch.save({}, tmp_path / "adapter_model.bin")
+    with pytest.raises(ConfigError, match="allow_pickle"):
+        config(*load_it)
+    assert config(*load_it, "adapter.allow_pickle=true").adapter.allow_pickle
+    write_safetensors(tmp_path / "adapter_model.safetensors", claimed=64, written=60)
+    with pytest.raises(ConfigError, match="corrupt"):
+        config(*load_it)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"\x80\x04pickle")
+    with pytest.raises(ConfigError, match="corrupt"):
+        config(*load_it)
+    write_safetensors(tmp_path / "adapter_model.safetensors", claimed=64, written=64)
+    assert config(*load_it).adapter.load == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["quantization=nf4"], "adapter=lora"),
+        (["adapter=lora", "adapter.target_modules=[qproj]"], "qproj matches no Linear"),
+        (["adapter=lora", "adapter.target_modules=[]"], "names of Linears"),
+        (["adapter=lora", "adapter.dropout=1.0"], "probability"),
+        (["adapter=lora", "quantization=nf4", "parallel=zero3", "world_size=2"], "autograd context"),
+        (["adapter=lora", "quantization=int8", "parallel=fsdp", "world_size=2"], "Int8Params"),
+        (["adapter=lora", "quantization=nf4", "quantization.block_size=100"], "one of 64"),
+        (["adapter=lora", "quantization=nf4", "precision=bf16_mixed", "quantization.compute_dtype=fp32"], "set bf16"),
+        (
+            ["adapter=lora", "quantization=nf4", "quantization.storage_dtype=fp32", "parallel=zero2", "world_size=2"],
+            "set bf16 or uint8",
+        ),
+        (["adapter=dora", "quantization=nf4"], "row norms"),
+        (["adapter=dora", "parallel=fsdp", "world_size=2"], "whole base weights"),
+        (["quantization=nf4", "adapter=lora", "quantization.storage_dtype=int4"], "expected one of"),
+    ],
+)
+def test_refused_in_one_line(overrides: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        load([*TINY, *overrides])
+    assert "\n" not in str(caught.value)
