@@ -21,6 +21,7 @@ from lab.report.boundary import (
     read_results,
     write_results,
 )
+from lab.vocab import RunStatus
 
 HELP = """The largest train.micro_batch_size that fits, by the simulated allocator: under train.memory_limit_gib (what
 PyTorch reserves on each GPU), or on the whole GPU. Points as for `lab sweep`; their own batch size does not matter.
@@ -32,8 +33,10 @@ PyTorch reserves on each GPU), or on the whole GPU. Points as for `lab sweep`; t
   lab boundary --table FILE.json
 
 --measure runs that size and the next larger one of each point for real. Exit code 1 if a size that was predicted to fit
-runs out of memory, or if a run ends neither well nor out of memory. Runs that are recorded already are not run again.
+runs out of memory, or if a run ends neither well nor out of memory. Runs that are recorded already, or that the file of
+--predicted has, are not run again.
 """
+_ENDED = (RunStatus.OK, RunStatus.OOM)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -63,8 +66,10 @@ def run(argv: Sequence[str]) -> int:
         results = _predicted(arguments.predicted, arguments.overrides)
         _write(arguments.output, results)  # before anything is run
         if arguments.measure:
-            _measure(results, arguments.jobs, arguments.share)
+            interrupted = _measure(results, arguments.jobs, arguments.share)
             _write(arguments.output, results)
+            if interrupted:
+                return 130
     print(json.dumps([as_json(r) for r in results], indent=1) if arguments.json else boundary_table(results))
     return 1 if arguments.measure and any(r.verdict in (Verdict.TOO_HIGH, Verdict.OPEN) for r in results) else 0
 
@@ -100,19 +105,29 @@ def _batch_override(batch: int) -> str:
     return f"train.micro_batch_size={batch}"
 
 
-def _measure(results: Sequence[BoundaryResult], jobs: int, share: int) -> None:
-    """Run every point under ``lab sweep``'s driver and take the records."""
+def _measure(results: Sequence[BoundaryResult], jobs: int, share: int) -> bool:
+    """Run under ``lab sweep``'s driver what the results do not have yet, and take the records; True: interrupted."""
     signal.signal(signal.SIGTERM, interrupt)
     points = [measured_points(result) for result in results]
-    sweep = Sweep([p for group in points for p in group.values()], jobs=jobs, share=share)
-    if sweep.run() == 130:
-        raise KeyboardInterrupt
     for result, group in zip(results, points, strict=True):
-        records = {b: sweep.recorded[p.identity][1] for b, p in group.items() if p.identity in sweep.recorded}
-        result.runs = [boundary_run(batch, record) for batch, record in records.items()]
-        result.devices = list(dict.fromkeys(rank.device for r in records.values() for rank in r.ranks))
-        versions = [r.environment.get("versions", {}) for r in records.values()]
-        result.versions = {k: str(v) for found in versions for k, v in found.items() if v}
+        result.runs = [r for r in result.runs if r.status in _ENDED]
+        for done in result.runs:
+            group.pop(done.micro_batch_size, None)
+    todo = [p for group in points for p in group.values()]
+    if not todo:
+        return False
+    sweep = Sweep(todo, jobs=jobs, share=share)
+    code = sweep.run()
+    for result, group in zip(results, points, strict=True):
+        found = {b: sweep.recorded[p.identity][1] for b, p in group.items() if p.identity in sweep.recorded}
+        records = {b: r for b, r in found.items() if r.status is not RunStatus.INTERRUPTED}
+        runs = [*result.runs, *(boundary_run(batch, record) for batch, record in records.items())]
+        result.runs = sorted(runs, key=lambda run: run.micro_batch_size)
+        devices = (rank.device for r in records.values() for rank in r.ranks)
+        result.devices = list(dict.fromkeys([*result.devices, *devices]))
+        for record in records.values():
+            result.versions |= {k: str(v) for k, v in record.environment.get("versions", {}).items() if v}
+    return code == 130
 
 
 def _valid(points: Sequence[Point]) -> list[tuple[Point, RunConfig]]:

@@ -25,6 +25,7 @@ from lab.analytic.boundary import (
 )
 from lab.cli import sweep
 from lab.cli.main import main
+from lab.cli.points import Point
 from lab.config import ConfigError, load
 from lab.launch import limit_memory
 from lab.record import RunRecord, write_record
@@ -267,6 +268,20 @@ def test_the_command_runs_both_sizes_and_gpus_are_shared(
     assert [r.verdict for r in results] == [Verdict.EXACT, Verdict.TOO_LOW, Verdict.TOO_HIGH]
     assert [r.micro_batch_size for r in results[0].runs] == [largest["0.3"], largest["0.3"] + 1]
     assert results[0].runs[1].phase == "backward"
+    before = output.read_text()
+    assert main(["boundary", "--predicted", str(output), *options]) == 1
+    assert (output.read_text(), len(crowd)) == (before, 6)  # nothing was left to run
+    part = read_results(output)
+    part[0].runs.pop()
+    part[1].runs[0].status = RunStatus.FAILED
+    write_results(output, part)
+    for record in tmp_path.glob("run/*/record.json"):  # another machine, which has none of the records
+        record.unlink()
+    assert main(["boundary", "--predicted", str(output), *options]) == 1
+    assert len(crowd) == 8
+    assert [[(r.micro_batch_size, r.status) for r in x.runs] for x in read_results(output)] == [
+        [(r.micro_batch_size, r.status) for r in x.runs] for x in results
+    ]
     capsys.readouterr()
     assert main(["boundary", "--table", str(output)]) == 0
     table = capsys.readouterr().out
@@ -285,3 +300,25 @@ def test_predict_says_how_much_of_the_limit_is_left(capsys: pytest.CaptureFixtur
         assert main(["predict", *SMALL, f"train.memory_limit_gib={gib}"]) == 0
         (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("  limit")]
         assert text in line
+
+
+def test_an_interrupted_measurement_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from lab.cli import boundary as command
+
+    class FakeSweep:
+        def __init__(self, points: Sequence[Point], jobs: int, share: int) -> None:
+            statuses = (RunStatus.OK, RunStatus.INTERRUPTED)
+            self.recorded = {
+                p.identity: ("", RunRecord(f"id{i}", "run", s, "", "", [], {}, {}))
+                for i, (p, s) in enumerate(zip(points, statuses, strict=True))
+            }
+
+        def run(self) -> int:
+            return 130
+
+    monkeypatch.setattr(command, "Sweep", FakeSweep)
+    output = tmp_path / "b.json"
+    assert main(["boundary", *SMALL, "train.memory_limit_gib=0.3", "--measure", "-o", str(output)]) == 130
+    (result,) = read_results(output)
+    assert [(r.run_id, r.status) for r in result.runs] == [("id0", RunStatus.OK)]
+    assert result.verdict is Verdict.OPEN
