@@ -36,7 +36,7 @@ def build(cfg: RunConfig, device: torch.device) -> Engine:
     torch.manual_seed(cfg.seed + rank)  # dropout masks differ over ranks; the weights have seeds of their own
     model = build_meta_model(cfg)
     quantize_linears(model, cfg.quantization)
-    apply_adapter(model, cfg.adapter)
+    apply_adapter(model, cfg.adapter, getattr(model, "token_embedding", "embedding"))
     if cfg.parallel.strategy.zero_stage:  # DeepSpeed casts adapters too: not after they were drawn in fp32
         cast_unquantized(model, parameter_dtype(cfg))
     if cfg.model.family == "lab":

@@ -143,7 +143,7 @@ class QuantizationConfig:
     block_size: int = 64  # weights that share one absmax; the 4-bit kinds
     compute_dtype: str = "bf16"  # bf16 | fp16 | fp32: of the product, and of the weights before they are quantized
     storage_dtype: str = "uint8"  # uint8 | bf16 | fp16 | fp32: packed bytes seen as this type (FSDP needs a float)
-    skip_modules: tuple[str, ...] = ("head",)  # names, or last parts of names, of Linears that stay as they are
+    skip_modules: tuple[str, ...] = ("head", "lm_head")  # names or last parts of names of Linears that stay as they are
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,7 @@ class EngineConfig:
     accelerate_config: str | None = None  # kind=accelerate: a config file of `accelerate launch`
     batch_tensors: int = 3  # kind=hf_trainer: int64 [b, s] tensors of one batch (input_ids, attention_mask, labels)
     attention_mask: bool = True  # kind=hf_trainer: one of them is a mask, without padding
+    autocast: bool = False  # kind=hf_trainer: autocast although the parameters are in half precision already
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,12 @@ class HFCausalLM(nn.Module):
         blocks: nn.ModuleList = self.hf.get_submodule(self._blocks)
         return blocks
 
+    @property
+    def token_embedding(self) -> str:
+        """Name of the token embedding."""
+        wanted = self.hf.get_input_embeddings()
+        return next(name for name, module in self.named_modules() if module is wanted)
+
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """tokens int64 [b, s] -> fp32 scalar. ``outputs`` (with the logits) go when this returns."""
         loss: Tensor = self.hf(input_ids=tokens, labels=tokens, use_cache=False).loss
@@ -71,10 +77,10 @@ class HFCausalLM(nn.Module):
         return list(self.buffers())
 
     def stored_value(self, name: str) -> Callable[[], Tensor] | None:
-        """How to read the parameter ``name`` from the checkpoint; None: draw it."""
-        if self.checkpoint is None:
+        """How to read the parameter ``name`` from the checkpoint; None: draw it, as an adapter's."""
+        checkpoint, key = self.checkpoint, name.removeprefix("hf.").replace(".base_layer.", ".")
+        if checkpoint is None or not checkpoint.has(key):
             return None
-        checkpoint, key = self.checkpoint, name.removeprefix("hf.")
         return lambda: checkpoint.read(key)
 
     @torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]

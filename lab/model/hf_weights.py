@@ -33,6 +33,10 @@ class Checkpoint:
         self._files = files
         self._key_of = _match(path, model, shapes)
 
+    def has(self, name: str) -> bool:
+        """Whether ``name`` is a parameter of the model that the checkpoint is for."""
+        return name in self._key_of
+
     def read(self, name: str) -> Tensor:
         """The tensor of the model's parameter ``name`` on the host, in the file's type."""
         key = self._key_of[name]
