@@ -11,12 +11,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lab.analytic.architecture import ParameterSpec
-from lab.analytic.ops import Ops, Parameter
+from lab.analytic.ops import Ops
 from lab.analytic.quantization import matches
 from lab.analytic.tape import Grads, Tensor
 from lab.config import AdapterConfig, QuantizationConfig
 
 ALL_LINEAR = "all-linear"
+Module = Callable[[Tensor], Tensor]
 
 
 def targets(spec: ParameterSpec, cfg: AdapterConfig) -> bool:
@@ -61,16 +62,16 @@ def adapt(
 
 def lora(
     ops: Ops,
-    base: Callable[[Tensor], Tensor],
+    base: Module,
+    down: Module,
+    up: Module,
     x: Tensor,
-    a: Parameter,
-    b: Parameter,
-    rows: int,
+    itemsize: int,
     label: str,
     dropout: float,
     quantized: str,
 ) -> Tensor:
-    """base(x) + B(A(dropout(x))) * scaling, in base's output type.
+    """base(x) + up(down(dropout(x))) * scaling, in base's output type. ``itemsize`` is the adapter's weights'.
 
     ``quantized`` (the base's kind, "" if plain): a 4-bit base's output is cloned first; under CUDA's autocast the
     bitsandbytes layers neither cast x to the adapter's type nor its output to the base's.
@@ -81,8 +82,8 @@ def lora(
     size_out = result.itemsize
     converts = not quantized or ops.amp is None or not ops.tape.trace.on_device_kernels
     if converts:
-        x = ops.cast(x, a.tensor.itemsize, label + " adapter input, fp32")
-    delta = _low_rank(ops, x, a, b, rows, label, dropout)
+        x = ops.cast(x, itemsize, label + " adapter input, fp32")
+    delta = _low_rank(ops, x, down, up, label, dropout)
     del x
     if converts and quantized:
         delta = ops.cast(delta, size_out, label + " adapter output, base's type")
@@ -91,16 +92,16 @@ def lora(
     return ops.cast(result, size_out, label + " adapted, base's type")
 
 
-def _low_rank(ops: Ops, x: Tensor, a: Parameter, b: Parameter, rows: int, label: str, dropout: float) -> Tensor:
-    """B(A(dropout(x))) * scaling. Only the last tensor and what backward needs is left; a module's input stays until
-    it returns (nn.Module.__call__ holds it).
+def _low_rank(ops: Ops, x: Tensor, down: Module, up: Module, label: str, dropout: float) -> Tensor:
+    """up(down(dropout(x))) * scaling. Only the last tensor and what backward needs is left; a module's input stays
+    until it returns (nn.Module.__call__ holds it).
     """
     dropped = ops.dropout(x, label + " adapter dropout") if dropout else x
-    down = ops.linear(dropped, a, None, rows, label + " adapter A")
+    small = down(dropped)
     del dropped
-    up = ops.linear(down, b, None, rows, label + " adapter B")
-    del down
-    return ops.scale(up, label + " adapter output")
+    large = up(small)
+    del small
+    return ops.scale(large, label + " adapter output")
 
 
 def _clone(ops: Ops, x: Tensor, label: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 from lab.analytic.adapters import lora
@@ -34,19 +35,23 @@ class Linears:
         return self.hooks.leave(name, self._forward(x, name, label, rows))
 
     def _forward(self, x: Tensor, name: str, label: str, rows: int) -> Tensor:
-        down = self.p.get(f"{name}.lora_A.weight")
-        if down is None:
+        if f"{name}.lora_A.weight" not in self.p:
             return self._base(x, name, label, rows)
-        weight = self.p[f"{name}.weight"]
+        weight, itemsize = self.p[f"{name}.weight"], self.p[f"{name}.lora_A.weight"].tensor.itemsize
 
         def base(y: Tensor) -> Tensor:
-            inner = f"{name}.base_layer"
-            y = self.hooks.enter(inner, y)
-            return self.hooks.leave(inner, self._base(y, name, label, rows))
+            y = self.hooks.enter(f"{name}.base_layer", y)
+            return self.hooks.leave(f"{name}.base_layer", self._base(y, name, label, rows))
+
+        def adapter(leaf: str, y: Tensor) -> Tensor:
+            module = f"{name}.lora_{leaf}"
+            y = self.hooks.enter(module, y)
+            out = self.ops.linear(y, self.p[f"{module}.weight"], None, rows, f"{label} adapter {leaf}")
+            return self.hooks.leave(module, out)
 
         kind = weight.quantized.kind if weight.quantized else ""
-        up = self.p[f"{name}.lora_B.weight"]
-        return lora(self.ops, base, x, down, up, rows, label, self.cfg.adapter.dropout, kind)
+        down, up = partial(adapter, "A"), partial(adapter, "B")
+        return lora(self.ops, base, down, up, x, itemsize, label, self.cfg.adapter.dropout, kind)
 
     def _base(self, x: Tensor, name: str, label: str, rows: int) -> Tensor:
         w, b = self.p[f"{name}.weight"], self.p.get(f"{name}.bias")

@@ -53,6 +53,7 @@ class Zero3(DeepSpeedRule):
         self.sharded: dict[str, Sharded] = {}
         self.gatherer = Gatherer(tape, self.world, 0 if self.options.overlap_comm is False else ALL_GATHER_STREAM)
         self.grads_remaining: dict[str, int] = {}
+        self.frozen: list[Tensor] = []  # shards of parameters that no optimizer knows
 
     def ranks(self) -> list[int]:
         """All ranks hold the same, padding included; reductions without reduce-scatter take most on the last one."""
@@ -65,12 +66,12 @@ class Zero3(DeepSpeedRule):
         shards: list[Tensor] = []
         for unit in self.units():
             shards += self._partition_unit(unit)
-        ordered = [self.sharded[spec.name] for spec in self.specs]
+        ordered = [self.sharded[spec.name] for spec in self.trained]  # the others keep the shards that zero.Init made
         sizes = self.parameter_itemsize, self.master_itemsize
         self.states = ShardedStates(self.cfg, self.tape, self.rank, ordered, sizes, shards, self.optimizer)
         members: dict[str, list[Sharded]] = {}
         for name, sharded in self.sharded.items():
-            members.setdefault(name.rpartition(".")[0], []).append(sharded)
+            members.setdefault(self._module(name), []).append(sharded)
         if self.cfg.model.tied_head:
             head, embedding = tied_modules(self.cfg.model)
             members[head] = members[embedding]
@@ -78,6 +79,11 @@ class Zero3(DeepSpeedRule):
         for p in ordered:  # create_reduce_and_remove_grad_hooks gathers each for a moment
             self.gatherer.all_gather([p])
             self.gatherer.partition(p)
+
+    def _module(self, name: str) -> str:
+        """The module that owns a parameter: around an adapted Linear's own there is peft's, as ``base_layer``."""
+        module = name.rpartition(".")[0]
+        return f"{module}.base_layer" if f"{module}.lora_A.weight" in self.sharded else module
 
     def units(self) -> list[list[ParameterSpec]]:
         """What exists whole at the same time: the lab partitions block by block, then the rest (parallel/zero.py)."""
@@ -91,10 +97,12 @@ class Zero3(DeepSpeedRule):
             drawn = new(spec.numel, FP32, spec.name, PARAMETERS)
             whole.append(drawn if size == FP32 else new(spec.numel, size, spec.name, PARAMETERS))
             del drawn
-        shards = []
+        shards: list[Tensor] = []
         for spec in specs:
             shard_numel = -(-spec.numel // self.world)
-            shards.append(new(shard_numel, size, f"shard of {spec.name}", PARAMETERS))
+            shard = new(shard_numel, size, f"shard of {spec.name}", PARAMETERS)
+            (shards if spec.trainable else self.frozen).append(shard)
+            del shard
             del whole[0]
             parameter = self.add_parameter(spec, Tensor(new(0, size, "").storage, spec.numel, size))
             persist = spec.numel <= self.options.stage3_param_persistence_threshold
@@ -129,7 +137,7 @@ class Zero3(DeepSpeedRule):
             self.coordinator.fetch(module, forward=False)
             return [grads[0]]
 
-        return y.view(node=Node(self.tape, [y], backward))
+        return y if y.node is None else y.view(node=Node(self.tape, [y], backward))
 
     def grad_ready(self, spec: ParameterSpec, parameter: Parameter) -> None:
         self.states.reducer.add(self.sharded[spec.name])
