@@ -146,7 +146,8 @@ def _measured_cells(result: BoundaryResult) -> list[str]:
     batch = result.boundary.micro_batch_size
     cells = []
     for run in (runs.get(batch), runs.get(batch + 1)):
-        where = f", {_moment(run.step, run.phase)}" if run is not None and run.status is RunStatus.OOM else ""
+        known = run is not None and run.status is RunStatus.OOM and run.phase is not None
+        where = f", {_moment(run.step, run.phase)}" if run is not None and known else ""
         cells.append("-" if run is None else run.status.value + where)
     return [*cells, result.verdict.value]
 
