@@ -13,7 +13,7 @@ from dataclasses import replace
 from lab.analytic.architecture import ParameterSpec
 from lab.analytic.ops import Ops
 from lab.analytic.quantization import matches
-from lab.analytic.tape import Grads, Tensor
+from lab.analytic.tape import FP32, Grads, Tensor
 from lab.config import AdapterConfig, QuantizationConfig
 
 ALL_LINEAR = "all-linear"
@@ -58,6 +58,14 @@ def adapt(
                 shapes["lora_magnitude_vector.weight"] = (rows,)
             pending = [ParameterSpec(f"{name}.{leaf}", shape, spec.unit, wide=True) for leaf, shape in shapes.items()]
     return out + pending
+
+
+def merge_bytes(specs: list[ParameterSpec], cfg: AdapterConfig) -> int:
+    """Bytes that merging takes beside the model: the largest target's B @ A and that times the scaling, fp32.
+
+    peft/tuners/lora/layer.py, get_delta_weight; the sum goes into the weight in place.
+    """
+    return max((2 * FP32 * s.numel for s in specs if targets(s, cfg)), default=0)
 
 
 def lora(

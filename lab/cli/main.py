@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "validate": ("validate", "error of today's formulas over recorded runs; exit 1 beyond tolerance"),
     "diff": ("diff", "predicted against measured blocks at the peak of a run with measure=snapshot"),
     "hardware": ("hardware", "memory outside PyTorch's allocator, from recorded runs: a row of configs/hardware"),
+    "merge": ("merge", "a saved adapter added to its base model, to one safetensors file; says what it takes"),
     "bundle": ("bundle", "many records into one small file to commit"),
     "tables": ("tables", "every marked table of the READMEs, made anew; --check: is one stale?"),
     "benchmark": ("benchmark", "speed of training, cost of measuring, time of a prediction"),

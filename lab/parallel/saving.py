@@ -14,7 +14,7 @@ from lab.transforms.adapters import adapter_state, save_adapter
 
 def save_trained_adapter(engine: Any, folder: Path) -> None:
     """Every rank gathers, rank 0 writes. The engine has trained; it may be closed afterwards."""
-    model, whole = _module(engine), getattr(engine, "whole", _whole)
+    model, whole = trained_module(engine), getattr(engine, "whole", _whole)
     state = adapter_state(model, whole)
     trained = [p for n, p in model.named_parameters() if p.requires_grad and ".default." not in n]
     embedding = whole(trained[0]).detach().cpu() if trained else None
@@ -22,7 +22,7 @@ def save_trained_adapter(engine: Any, folder: Path) -> None:
         save_adapter(model, folder, state, embedding)
 
 
-def _module(engine: Any) -> nn.Module:
+def trained_module(engine: Any) -> nn.Module:
     """The model without what DDP or DeepSpeed puts around it."""
     for name in ("decoder", "model"):
         if isinstance(module := getattr(engine, name, None), nn.Module):

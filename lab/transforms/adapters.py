@@ -98,6 +98,16 @@ def _dora_without_values(peft: Any) -> Iterator[None]:
         dora.dequantize_module_weight = original
 
 
+def merge_adapter(model: nn.Module) -> nn.Module:
+    """Add every adapter to its weight and take peft's layers out: the model has its own names again.
+
+    One Linear after the other; ``lab.analytic.adapters.merge_bytes`` says what that takes for a moment. The base must
+    not be quantized: merged 4-bit weights would be rounded a second time.
+    """
+    merged: nn.Module = model.__dict__.pop("peft_wrapper").merge_and_unload()
+    return merged
+
+
 def adapter_state(model: nn.Module, whole: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
     """The adapter's tensors on the host, named as in peft's state dict; ``whole`` gathers one (every rank calls it)."""
     return {

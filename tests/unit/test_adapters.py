@@ -8,11 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from lab.analytic.adapters import merge_bytes
 from lab.analytic.inventory import inventory, trainable
 from lab.build import build
+from lab.cli.main import main
 from lab.config import ConfigError, RunConfig, load
-from lab.parallel.saving import save_trained_adapter
+from lab.measure.cpu_tracker import StorageTracker
+from lab.parallel.saving import save_trained_adapter, trained_module
+from lab.transforms.adapters import merge_adapter
 
 TINY = ["model=tiny", "model.num_layers=2", "model.vocab_size=300", "data.tokenizer_vocab_size=300", "hardware=cpu"]
 CPU = torch.device("cpu")
@@ -65,6 +70,36 @@ def test_train_save_reload_same_loss(more: list[str], tmp_path: Path) -> None:
     assert loss_of(again, cfg).item() == after
     with pytest.raises(ConfigError, match="rank"):
         build(config("adapter=lora", "adapter.rank=2", f"adapter.load={tmp_path / 'adapter'}"), CPU)
+
+
+def test_merging_gives_the_same_loss_and_takes_what_is_predicted(tmp_path: Path) -> None:
+    cfg = config("adapter=lora", "optimizer.lr=0.01")
+    engine = build(cfg, CPU)
+    engine.backward(loss_of(engine, cfg), last_micro_step=True)
+    engine.optimizer_step()
+    before, model = loss_of(engine, cfg).item(), trained_module(engine)
+    tracker = StorageTracker()
+    tracker.register(p.data for p in model.parameters())
+    tracker.reset_peak()
+    tracker.start()
+    held = tracker.current_bytes
+    merged = merge_adapter(model)
+    tracker.stop()
+    assert tracker.peak_bytes - held == merge_bytes(inventory(cfg), cfg.adapter) == 2 * 4 * 352 * 128
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    assert loss_of(engine, cfg).item() == pytest.approx(before, abs=1e-4)
+
+
+def test_the_merge_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = build(config("adapter=lora"), CPU)
+    save_trained_adapter(engine, tmp_path / "adapter")
+    given = [*TINY, "precision=fp32", "adapter=lora", f"adapter.load={tmp_path / 'adapter'}"]
+    assert main(["merge", *given, "-o", str(tmp_path / "merged.safetensors")]) == 0
+    assert "more for a moment" in capsys.readouterr().out
+    merged = load_file(tmp_path / "merged.safetensors")
+    assert merged["blocks.0.mlp.down_proj.weight"].shape == (128, 352)
+    assert main(["merge", *given, "quantization=nf4", "-o", str(tmp_path / "x")]) == 2
+    assert "own type" in capsys.readouterr().err
 
 
 def write_safetensors(path: Path, claimed: int, written: int) -> None:
