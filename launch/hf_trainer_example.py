@@ -26,6 +26,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--weights", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--optim", default="adamw_torch_fused")
+    parser.add_argument("--lora", type=int, default=0, help="rank of peft adapters on every Linear; 0: none")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--name", default="hf_trainer", help="folder of the record under outputs/")
     return parser.parse_args()
@@ -51,6 +52,11 @@ def main() -> None:
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.weights))
+    if options.lora:
+        from peft import LoraConfig, get_peft_model
+
+        adapter = LoraConfig(r=options.lora, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, adapter)
     arguments = TrainingArguments(
         output_dir="outputs/hf_trainer_checkpoints",
         per_device_train_batch_size=options.batch,

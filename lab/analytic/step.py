@@ -43,7 +43,7 @@ class Replay:
     def step(self) -> None:
         """One optimizer step."""
         self.rule.start_step()
-        accumulation = self.cfg.train.gradient_accumulation_steps
+        accumulation, trainer = self.cfg.train.gradient_accumulation_steps, self.cfg.engine.kind == "hf_trainer"
         for micro in range(accumulation):
             self.rule.last_micro_step = micro == accumulation - 1
             self._mark(StepPhase.FORWARD, False)
@@ -55,13 +55,16 @@ class Replay:
             self.rule.finish_backward()
             del roots
             self._mark(StepPhase.BACKWARD, True)
-            if self.cfg.engine.kind == "hf_trainer":
+            if trainer and self.rule.last_micro_step:  # MemoryCallback opens the phase inside training_step
+                self._mark(StepPhase.OPTIMIZER_STEP, False)
+            if trainer:
                 self.last_loss = loss.view()  # tr_loss_step, until the next training_step has returned
                 if not self.gpu and not self.done and not micro:
                     self.kept.append(self.tape.new(1, FP32, "summed loss", MemoryCategory.LOGITS_AND_LOSS))
             del loss  # the loop's variable lives until here, and with it the graph
             self.tape.held_by_graph.clear()
-        self._mark(StepPhase.OPTIMIZER_STEP, False)
+        if not trainer:
+            self._mark(StepPhase.OPTIMIZER_STEP, False)
         self.rule.optimizer_step()
         self._mark(StepPhase.OPTIMIZER_STEP, True)
         self._mark(StepPhase.ZERO_GRAD, False)

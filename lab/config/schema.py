@@ -180,6 +180,7 @@ class EngineConfig:
     accelerate_config: str | None = None  # kind=accelerate: a config file of `accelerate launch`
     batch_tensors: int = 3  # kind=hf_trainer: int64 [b, s] tensors of one batch (input_ids, attention_mask, labels)
     attention_mask: bool = True  # kind=hf_trainer: one of them is a mask, without padding
+    input_gradients: bool = False  # kind=hf_trainer: enable_input_require_grads, as peft does for checkpointing
     autocast: bool = False  # kind=hf_trainer: autocast although the parameters are in half precision already
 
 

@@ -71,7 +71,8 @@ class TrainerRun:
             deepspeed=deepspeed,
             parameter_dtype=str(weights[0].dtype).removeprefix("torch."),
             attention=str(self.model.config._attn_implementation),
-            adapted=hasattr(self.model, "peft_config"),
+            adapter=_adapter(self.model),
+            input_gradients=any(getattr(m, "_require_grads_hooks", None) for m in self.model.modules()),
             quantized=len(weights) < len(list(self.model.parameters())),
             padded=mask is not None and not bool(mask.all()),
         )
@@ -185,6 +186,14 @@ class TrainerRun:
     def close(self) -> None:
         self.phases.end_step()
         self.meter.stop()
+
+
+def _adapter(model: Any) -> dict[str, Any] | None:
+    """The configuration of a peft model's adapter; of several, none that is modelled."""
+    configs = list((getattr(model, "peft_config", None) or {}).values())
+    if not configs:
+        return None
+    return dict(configs[0].to_dict()) if len(configs) == 1 else {"peft_type": f"{len(configs)} adapters"}
 
 
 _runs = 0

@@ -39,7 +39,8 @@ class Facts:
     deepspeed: Mapping[str, Any] = field(default_factory=dict)  # DeepSpeed's configuration as applied
     parameter_dtype: str = "float32"
     attention: str = "sdpa"  # config._attn_implementation
-    adapted: bool = False  # a peft model
+    adapter: Mapping[str, Any] | None = None  # a peft model's only configuration, as a dictionary
+    input_gradients: bool = False  # enable_input_require_grads was called
     quantized: bool = False  # weights that are not floating point
     padded: bool = False  # the first batch's attention_mask has zeros
 
@@ -110,7 +111,7 @@ def _precision(args: Any, facts: Facts, strategy: str, out: Settings) -> None:
     elif half:
         kind = "bf16_pure"
         if args.bf16 or args.fp16:
-            out.assumed.append(f"autocast over {facts.parameter_dtype} parameters casts nothing that is kept")
+            out.overrides.append("engine.autocast=true")
         if facts.parameter_dtype == "float16":
             out.assumed.append("float16 parameters take the memory of bfloat16 ones")
     else:
@@ -148,8 +149,10 @@ def _model(args: Any, facts: Facts, out: Settings) -> None:
         out.missing.append(f"attn_implementation={facts.attention} is not modelled")
     if facts.padded:
         out.assumed.append("batches without padding: the attention mask [b, 1, s, s] of padded ones is left out")
-    if facts.adapted:
-        out.missing.append("the adapters of a peft model are not read off the model")
+    if facts.input_gradients:
+        out.overrides.append("engine.input_gradients=true")
+    if facts.adapter is not None:
+        _adapter(facts.adapter, out)
     if facts.quantized:
         out.missing.append("quantized weights are not read off the model")
     for name, neutral in (("label_smoothing_factor", 0.0), ("torch_compile", False), ("use_liger_kernel", False)):
@@ -161,3 +164,28 @@ def _model(args: Any, facts: Facts, out: Settings) -> None:
         out.missing.append(
             "one process with several GPUs (torch.nn.DataParallel) is not modelled; start it by torchrun"
         )
+
+
+def _adapter(config: Mapping[str, Any], out: Settings) -> None:
+    """A peft LoraConfig; target_modules are names by now."""
+    kind = str(getattr(config.get("peft_type"), "value", config.get("peft_type")))
+    if kind != "LORA":
+        out.missing.append(f"peft_type={kind} is not modelled")
+        return
+    unusual = ("rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters", "layers_to_transform")
+    for key in (*unusual, "lora_bias", "trainable_token_indices"):
+        if config.get(key):
+            out.missing.append(f"{key} of a LoraConfig is not modelled")
+    if config.get("bias", "none") != "none":
+        out.missing.append("trained biases of a LoraConfig are not modelled")
+    targets = config.get("target_modules") or []
+    if isinstance(targets, str):
+        out.missing.append("target_modules as a regular expression is not modelled")
+        return
+    out.overrides += [
+        f"adapter={'dora' if config.get('use_dora') else 'lora'}",
+        f"adapter.rank={config['r']}",
+        f"adapter.alpha={config['lora_alpha']}",
+        f"adapter.dropout={config['lora_dropout']}",
+        f"adapter.target_modules=[{','.join(sorted(targets))}]",
+    ]

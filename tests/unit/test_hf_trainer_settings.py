@@ -40,6 +40,9 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
+LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": {"v_proj", "q_proj"}}
+
+
 def mapped(folder: Path, facts: Facts = FACTS, **arguments: Any) -> Settings:
     path = folder / "config.json"
     path.write_text(json.dumps(CONFIG))
@@ -75,6 +78,9 @@ def test_the_usual(tmp_path: Path) -> None:
         ({"activation_checkpointing": True}, {}, "checkpointing.kind", "full"),
         ({}, {"attention": "eager"}, "attention.backend", "eager"),
         ({}, {"batch_keys": ("input_ids", "labels")}, "engine.attention_mask", False),
+        ({}, {"adapter": LORA}, "adapter.target_modules", ("q_proj", "v_proj")),
+        ({}, {"adapter": LORA}, "adapter.rank", 4),
+        ({}, {"adapter": {**LORA, "use_dora": True}}, "adapter.kind", "dora"),
         ({}, {"world_size": 2, "distributed_type": "MULTI_CPU"}, "parallel.strategy", "ddp"),
     ],
 )
@@ -104,7 +110,8 @@ def test_deepspeed_as_applied(tmp_path: Path) -> None:
         ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor=0.1"),
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, {}, "reentrant"),
         ({"n_gpu": 2}, {}, "DataParallel"),
-        ({}, {"adapted": True}, "peft"),
+        ({}, {"adapter": {"peft_type": "IA3"}}, "peft_type=IA3"),
+        ({}, {"adapter": {**LORA, "modules_to_save": ["lm_head"]}}, "modules_to_save"),
         ({}, {"quantized": True}, "quantized"),
         ({}, {"attention": "flash_attention_2"}, "flash_attention_2"),
         ({}, {"distributed_type": "FSDP", "world_size": 2}, "FSDP through a Trainer"),

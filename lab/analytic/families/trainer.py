@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from lab.analytic.families.base import HFDecoder
 from lab.analytic.families.gpt2 import GPT2
-from lab.analytic.families.inventory import PREFIX
+from lab.analytic.families.inventory import PREFIX, embedding_module
 from lab.analytic.families.llama import Llama
 from lab.analytic.families.pieces import causal_lm_loss
-from lab.analytic.tape import BOOL, FP32, Tensor
+from lab.analytic.tape import BOOL, FP32, Accumulator, Tensor
 from lab.vocab import Checkpointing, Strategy
 
 
@@ -27,6 +27,23 @@ class TrainerDecoder(HFDecoder):
         mask = self.ops.new(self.rows, 1, "attention mask, bool")
         self.ops.new(1, BOOL, "mask without padding")
         del mask
+
+    def _embedding(self, name: str, rows: int, indices: Tensor | None = None) -> Tensor:
+        """enable_input_require_grads makes the tokens' embeddings leaves; the graph keeps them and their gradient."""
+        x = super()._embedding(name, rows, indices)
+        if x.node is not None or not self.cfg.engine.input_gradients or name != embedding_module(self.cfg.model):
+            return x
+        leaf, tape = x.view(node=Accumulator("input embeddings")), self.ops.tape
+        accumulator = leaf.node
+        assert isinstance(accumulator, Accumulator)
+
+        def hold() -> None:
+            assert accumulator.grad is not None
+            tape.held_by_graph += [x, accumulator.grad]
+            accumulator.grad = accumulator.on_grad = None
+
+        accumulator.on_grad = hold
+        return leaf
 
     def forward(self) -> Tensor:
         ops, hooks, name = self.ops, self.hooks, PREFIX[:-1]

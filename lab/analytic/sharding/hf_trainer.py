@@ -23,6 +23,10 @@ class _Clipped(Rule):
 
     grad_norm: Tensor | None = None
 
+    @property
+    def autocast(self) -> bool:
+        return super().autocast or self.cfg.engine.autocast
+
     def materialise(self, spec: ParameterSpec) -> tuple[Tensor, Quantized | None]:
         """The weights come from the host as they are."""
         return self.tape.new(spec.numel, self.itemsize_of(spec), spec.name, PARAMETERS), None
