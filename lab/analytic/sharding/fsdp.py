@@ -200,7 +200,10 @@ class FSDP(Rule):
             self._issue(self.units[self.order[position - 1]])
 
     def post_backward(self, unit: Unit) -> None:
-        """Free the parameters, flatten the gradients, reduce-scatter, keep the output as the sharded gradient."""
+        """Free the parameters, flatten the gradients, reduce-scatter, keep the output as the sharded gradient.
+
+        foreach_reduce's loop variable holds the last parameter's whole gradient until it returns.
+        """
         unit.reduced = True
         grads = [p.accumulator.grad for _, p in unit.members]
         for _, p in unit.members:
@@ -215,6 +218,7 @@ class FSDP(Rule):
             size = self.compute_itemsize
         numel = unit.trained_numel * self.size
         self.reduce_input = self.tape.new(numel, size, "FSDP reduce-scatter input", COMM)
+        last = [g for g in grads if g is not None][-1:] if self.size > 1 else []
         grads.clear()
         self.tape.trace.stream = REDUCE_STREAM
         category = MemoryCategory.GRADIENTS
@@ -226,7 +230,7 @@ class FSDP(Rule):
         self.tape.trace.stream = 0
         if unit.sharded_grad is None:
             unit.sharded_grad = output
-        del output
+        del output, last
 
     def finish_backward(self) -> None:
         """_root_post_backward_final_callback: the root's gradients come last, then units whose input needed none."""
