@@ -88,10 +88,8 @@ def fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, backend:
             del delta
             return [gq, gk, gv]
         expanded = 2 * size * a.q_numel if grouped else 0  # dk and dv per query head, before they are summed
-        if backend is AttentionBackend.CUDNN:  # one workspace, and 512 B beside it
-            held = tape.new(512, 1, "cuDNN workspace")
-            ops.scratch(expanded + FP32 * (a.q_numel + rows), "cuDNN attention workspace")
-            del held
+        if backend is AttentionBackend.CUDNN:  # one workspace, whose parts end with one of 256 B
+            ops.scratch(expanded + FP32 * (a.q_numel + rows) + 256, "cuDNN attention workspace")
             return [gq, gk, gv]
         tall = _round_up(a.s, 128)
         wide = _round_up(a.d, 32) if a.d <= 128 else _round_up(a.d, 64)
@@ -111,7 +109,7 @@ def fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, backend:
     for t in random_state:
         tape.save(node, t)
     if gpu and backend is AttentionBackend.CUDNN:
-        ops.scratch(512, "cuDNN workspace")
+        ops.scratch(256, "cuDNN workspace")
     out.node = node
     return out
 
@@ -152,6 +150,11 @@ def _copy(ops: Ops, x: Tensor, label: str) -> Tensor:
     return y
 
 
+def _side_by_side(ops: Ops, x: Tensor, a: AttentionShape, label: str) -> Tensor:
+    """Heads that lie across tokens, [b, s, n, d] in memory, as bmm takes them: [b * n, s, d], a view if b is 1."""
+    return _copy(ops, x, label) if a.b > 1 else x
+
+
 def _softmax(ops: Ops, x: Tensor, label: str) -> Tensor:
     """Softmax: keeps its output; the CUDA backward first makes grad * output (SoftMax.cu)."""
     numel, size, tape = x.numel, x.itemsize, ops.tape
@@ -174,8 +177,8 @@ def eager(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout:
     grouped = a.n != a.k
     if grouped:
         k, v = repeat_kv(ops, k, a, "key"), repeat_kv(ops, v, a, "value")
-    cq = _copy(ops, q, "query")
-    ck = k if grouped else _copy(ops, k, "key")
+    cq = _side_by_side(ops, q, a, "query")
+    ck = k if grouped else _side_by_side(ops, k, a, "key")
     weights = _matmul(ops, cq, ck, a.weights_numel, "attention scores")
     del cq, ck
     weights = ops._unary(weights, "scaled scores", False, "scaled scores gradient")
@@ -196,8 +199,8 @@ def eager(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout:
     del soft
     if dropout:
         weights = ops.dropout(weights, "attention dropout")
-    cv = v if grouped else _copy(ops, v, "value")
-    out = _matmul(ops, weights, cv, a.q_numel, "attention output", grad_copy=a.q_numel)
+    cv = v if grouped else _side_by_side(ops, v, a, "value")
+    out = _matmul(ops, weights, cv, a.q_numel, "attention output", grad_copy=a.q_numel if a.b > 1 else 0)
     del causal, lower
     return out
 
@@ -208,28 +211,36 @@ def _same(ops: Ops, x: Tensor, label: str):  # type: ignore[no-untyped-def]
 
 
 def math(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout: float) -> Tensor:
-    """SDPA's math kernel: everything in fp32, and [b, n, s, s] weights kept."""
+    """SDPA's math kernel: everything in fp32, and [b, n, s, s] weights kept.
+
+    Its C++ locals (fp32 q, k and v, repeated k and v, the scaled q, the mask) live until it returns. The mask is added
+    in place, unless a dispatch mode is active (areAnyTensorSubclassLike), as on the CPU.
+    """
     size, square, tape = q.itemsize, a.s * a.s, ops.tape
     gpu = tape.trace.on_device_kernels
     grouped = a.n != a.k
     q32, k32, v32 = ops.cast(q, FP32, "query, fp32"), ops.cast(k, FP32, "key, fp32"), ops.cast(v, FP32, "value, fp32")
-    q32 = ops._unary(q32, "scaled query", False, "query gradient")
+    scaled_q = ops._unary(q32, "scaled query", False, "query gradient")
     ones = ops.new(square, BOOL, "causal mask")
     lower = ops.new(square, BOOL, "causal mask")
     del ones
     mask = ops.new(square, FP32, "additive causal mask")
     del lower
+    held = [q32, k32, v32, scaled_q, mask]
+    del q32, mask
     if grouped:
         k32, v32 = repeat_kv(ops, k32, a, "key"), repeat_kv(ops, v32, a, "value")
-    k32 = ops._unary(k32, "scaled key", False, "key gradient")
-    cq = _copy(ops, q32, "query")
-    ck = k32 if grouped else _copy(ops, k32, "key")
+        held += [k32, v32]
+    scaled_k = ops._unary(k32, "scaled key", False, "key gradient")
+    cq = _side_by_side(ops, scaled_q, a, "query")
+    ck = scaled_k if grouped else _side_by_side(ops, scaled_k, a, "key")
     scores = _matmul(ops, cq, ck, a.weights_numel, "attention scores")
-    del cq, ck
-    masked = ops.new(a.weights_numel, FP32, "masked scores")
-    masked.node = tape.node([scores], lambda g: [g[0]])
-    scores = masked
-    del masked, mask
+    del cq, ck, scaled_k
+    if not gpu:
+        masked = ops.new(a.weights_numel, FP32, "masked scores")
+        masked.node = tape.node([scores], lambda g: [g[0]])
+        scores = masked
+        del masked
     soft = _softmax(ops, scores, "attention weights")
     if gpu:  # _safe_softmax looks for fully masked rows: a bool per score and one per row
         row = ops.new(a.weights_numel // a.s, BOOL, "masked rows")
@@ -239,10 +250,11 @@ def math(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout: 
     if dropout:
         soft = ops.dropout(soft, "attention dropout")
     returned = ops.new(soft.numel, size, "attention weights, returned") if size != FP32 else None
-    cv = v32 if grouped else _copy(ops, v32, "value")
-    out = _matmul(ops, soft, cv, a.q_numel, "attention output", grad_copy=a.q_numel)
+    cv = v32 if grouped else _side_by_side(ops, v32, a, "value")
+    out = _matmul(ops, soft, cv, a.q_numel, "attention output", grad_copy=a.q_numel if a.b > 1 else 0)
     del soft, cv
     out = ops.cast(out, size, "attention output")
+    held.clear()
     del returned
     return out
 

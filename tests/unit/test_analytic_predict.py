@@ -68,6 +68,27 @@ def test_measured_1b_on_h200(overrides: list[str], after_forward: int, peak: int
     assert mib(phases[StepPhase.OPTIMIZER_STEP].end.total_bytes) == pytest.approx(after_step, rel=1e-3)
 
 
+ATTENTION = ["experiment=attention", "train.steps=5", "hardware=h200"]
+SHARDED = ["experiment=fsdp_vs_zero3", "parallel=fsdp", "hardware=h200"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "allocated", "reserved"),
+    [
+        ([*ATTENTION, "attention=math", "train.seq_len=2048"], 1_790_786_048, 1_839_202_304),
+        ([*ATTENTION, "attention=math", "train.seq_len=8192"], 19_335_076_352, 20_061_356_032),
+        ([*ATTENTION, "attention=eager", "train.seq_len=8192"], 25_359_669_760, 28_479_324_160),
+        (SHARDED, 7_552_011_264, 9_527_361_536),  # the peak is the root unit's reduce-scatter
+        ([*SHARDED, "model=3b", "model.num_kv_heads=8"], 23_566_669_824, 26_833_059_840),
+    ],
+)
+def test_measured_to_the_block(overrides: list[str], allocated: int, reserved: int) -> None:
+    """Peaks of the steady step on an H200, torch 2.11: experiments/attention, experiments/fsdp_vs_zero3."""
+    steady = predict(load(overrides)).steady
+    assert abs(steady.allocated_bytes - allocated) <= 512
+    assert steady.reserved_bytes == reserved
+
+
 @pytest.mark.parametrize(
     ("rows", "columns", "measured"),
     [(2048, 512, (8_388_608, 16)), (2048, 1408, (23_068_672, 44)), (2048, 2816, (46_137_344, 88)), (128, 512, (0, 0))],
