@@ -38,6 +38,7 @@ class HFDecoder(Decoder):
         del joined
         unequal = ops.new(b * s, BOOL, "position jumps")
         packed = ops.new(b * s, INT64, "packed sequence indices")
+        ops.scratch(b * s * INT64, "packed sequence indices")  # CUDA's cumsum takes the bools as int64
         del unequal, difference, packed
 
     def _mask(self, size: int) -> Tensor | None:

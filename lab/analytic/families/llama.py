@@ -92,6 +92,8 @@ class Llama(HFDecoder):
         q = self._head_projection(x, f"{prefix}.q_proj", "query", a.n)
         k = self._head_projection(x, f"{prefix}.k_proj", "key", a.k)
         v = self._linear(x, f"{prefix}.v_proj", "value")
+        if mask is not None and a.k > 1:
+            v = reshaped(ops, v, "value")
         turned = apply_rotary(ops, q, cos, sin, "query"), apply_rotary(ops, k, cos, sin, "key")
         q, k = turned
         del turned
