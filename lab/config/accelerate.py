@@ -66,8 +66,8 @@ def check_engine(cfg: RunConfig) -> None:
     if cfg.model.family != "lab":
         raise ConfigError("engine", "accelerate", "model=hf is trained by engine=native, or by your own Trainer")
     for group, kind in (("quantization", cfg.quantization.kind), ("adapter", cfg.adapter.kind)):
-        if kind != "none":
-            raise ConfigError("engine", "accelerate", f"{group}={kind} is trained by engine=native only")
+        if kind != "none" and strategy.is_fsdp:
+            raise ConfigError("engine", "accelerate", f"{group}={kind} with FSDP is trained by engine=native only")
 
 
 def file_settings(path: Path) -> dict[str, Any]:

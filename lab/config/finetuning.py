@@ -65,10 +65,6 @@ def _quantization(cfg: RunConfig) -> None:
 
 def _quantized_strategy(cfg: RunConfig) -> None:
     q, strategy = cfg.quantization, cfg.parallel.strategy
-    if cfg.engine.kind == "accelerate" and strategy is not Strategy.SINGLE and strategy is not Strategy.DDP:
-        raise ConfigError(
-            "engine", "accelerate", f"quantized weights under parallel={strategy.value} run with engine=native only"
-        )
     if strategy is Strategy.ZERO3:
         raise ConfigError(
             "parallel",

@@ -185,16 +185,20 @@ class _Accelerated:
             os.environ.pop(flag, None)
 
 
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 class AccelerateReplicated(_Accelerated, ReplicatedEngine):
     """single and ddp."""
 
     def __init__(self, cfg: RunConfig, model: nn.Module, device: torch.device) -> None:
         self.cfg, self.device, self.accelerator = cfg, device, make_accelerator(cfg, device)
+        self.num_parameters = sum(p.numel() for p in model.parameters())  # before some are packed
         for _ in materialise(model, cfg.seed, cfg.model.num_layers, device):
             pass
         self.decoder = model
-        self.parameters = list(model.parameters())
-        self.num_parameters = sum(p.numel() for p in self.parameters)
+        self.parameters = _trained(model)
         self.optimizer = build_optimizer(self.parameters, cfg.optimizer)
         self.prepare(model, self.optimizer, device)
         self.model = self.prepared[0]
@@ -212,10 +216,11 @@ class AccelerateFSDP(_Accelerated, FSDPEngine):
         for _ in materialise(model, cfg.seed, cfg.model.num_layers, torch.device("cpu")):
             pass
         self.num_parameters = sum(p.numel() for p in model.parameters())
-        self.optimizer = build_optimizer(model.parameters(), cfg.optimizer)
+        self.optimizer = build_optimizer(_trained(model), cfg.optimizer)
         self.prepare(model, self.optimizer, device)
         self.model = self.prepared[0]
-        self.parameters = [p for p in self.model.parameters() if isinstance(p, DTensor)]
+        self.shards = [p for p in self.model.parameters() if isinstance(p, DTensor)]
+        self.parameters = [p for p in self.shards if p.requires_grad]
 
     def close(self) -> None:
         FSDPEngine.close(self)
@@ -230,7 +235,7 @@ class AccelerateZero(_Accelerated, ZeroEngine):
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self._linear = torch.nn.functional.linear
         materialise_for_zero(cfg, model, device)
-        self.base_optimizer = build_optimizer(model.parameters(), cfg.optimizer)
+        self.base_optimizer = build_optimizer(_trained(model), cfg.optimizer)
         self.prepare(model, self.base_optimizer, device)
         self.engine = self.prepared[0]
         self.optimizer = self.engine.optimizer
