@@ -1,8 +1,12 @@
-"""Tensor inventory of a model, the lab's decoder here, others in ``families``: every parameter's name, shape and place, from ModelConfig alone."""
+"""Tensor inventory of a model from ModelConfig alone: every parameter's name, shape and place.
+
+The lab's decoder is here, others are in ``families``.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from math import prod
 
 from lab.config import ModelConfig
@@ -20,7 +24,7 @@ class ParameterSpec:
     quantized: str = ""  # int8 | fp4 | nf4 | nf4_double: stored packed
     wide: bool = False  # fp32 whatever the precision: adapters, and what peft's k-bit preparation upcasts
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return prod(self.shape)
 
@@ -31,6 +35,11 @@ def parameters(model: ModelConfig) -> list[ParameterSpec]:
         from lab.analytic.families.inventory import hf_parameters
 
         return hf_parameters(model)
+    return list(_decoder_parameters(model))
+
+
+@lru_cache(maxsize=8)
+def _decoder_parameters(model: ModelConfig) -> tuple[ParameterSpec, ...]:
     h, f, d = model.hidden_size, model.intermediate_size, model.head_dim
     q, kv = model.num_heads * d, model.num_kv_heads * d
     specs = [ParameterSpec("embedding.weight", (model.vocab_size, h), -1)]
@@ -65,7 +74,7 @@ def parameters(model: ModelConfig) -> list[ParameterSpec]:
     norm("norm", -1)
     if not model.tied_head:
         specs.append(ParameterSpec("head.weight", (model.vocab_size, h), -1, linear=True))
-    return specs
+    return tuple(specs)
 
 
 def num_parameters(model: ModelConfig) -> int:

@@ -39,13 +39,17 @@ from lab.vocab import MemoryCategory
 SPARE = 64  # storages by which a recording with another incoming gradient may exceed the first
 
 
-def replay_steps(cfg: RunConfig, rank: int, for_allocator: bool = True, further: int = 0) -> Replay:
+def replay_steps(
+    cfg: RunConfig, rank: int, for_allocator: bool = True, further: int = 0, fresh: Replay | None = None
+) -> Replay:
     """A run built and stepped up to the step from which steps repeat, or its last; ``trace`` may hold segments.
 
-    ``for_allocator``: up to where its cached segments repeat as well. ``further``: that many steps more.
+    ``for_allocator``: up to where its cached segments repeat as well. ``further``: that many steps more. ``fresh``: a
+    replay that is not built yet, to be used.
     """
     for repeat in (True, False):
-        replay = Replay(cfg, rank)
+        replay = fresh or Replay(cfg, rank)
+        replay.rule.rank, fresh = rank, None
         replay.build()
         if repeat:
             repeat_layers(replay)
@@ -107,10 +111,11 @@ class Layers:
             for m in self.members
         ]
         self.recordings: dict[Hashable, Recording | None] = {}
-        # Workspaces are taken for good: in forward by the first block, in backward by the last, checkpointed or not.
+        # Workspaces are taken for good: in forward by the first block; in backward by the head, but for those that a
+        # recomputation takes first, which is the last checkpointed block's.
         self.first_pass = True
-        by_kind = {self.decoder.checkpointed(i): i for i in range(len(self.members))}
-        self.takes_workspaces = {0, *by_kind.values()}
+        checkpointed = [i for i in range(len(self.members)) if self.decoder.checkpointed(i)]
+        self.takes_workspaces = {0, *checkpointed[-1:]}
         nothing = Storage(self.trace, 0, MemoryCategory.TEMPORARIES, "")
         self.plain = Tensor(nothing, 1, 1)  # what hooks are called with: they look at the node alone
         self.differentiable = Tensor(nothing, 1, 1, Node(self.tape, [], lambda grads: []))

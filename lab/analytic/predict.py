@@ -72,7 +72,9 @@ def _with_allocator(cfg: RunConfig) -> Prediction:
 
 def _all_ranks(cfg: RunConfig, limit_bytes: int | None, simulated: bool = True) -> Prediction:
     """``limit_bytes``: on what the allocator reserves, and enough to come through; None: none."""
-    runs = [_replay(cfg, rank, limit_bytes, simulated) for rank in Replay(cfg).rule.ranks()]
+    fresh = Replay(cfg)  # knows the ranks, and is the first one's
+    ranks = fresh.rule.ranks()
+    runs = [_replay(cfg, r, limit_bytes, simulated, fresh if r == ranks[0] else None) for r in ranks]
     first, steady, states, managed = zip(*runs, strict=True)
     worst = max(range(len(runs)), key=lambda i: steady[i].allocated_bytes)
     said = assumptions(cfg, max(managed))
@@ -90,13 +92,13 @@ def _refusal(limit_bytes: int, refused: Exhaustion) -> str:
 
 
 def _replay(
-    cfg: RunConfig, rank: int, limit_bytes: int | None, simulated: bool
+    cfg: RunConfig, rank: int, limit_bytes: int | None, simulated: bool, fresh: Replay | None
 ) -> tuple[StepPrediction, StepPrediction, MemoryBreakdown, int]:
     """One rank: its first step, its steady step, its states, and the bytes of those in managed memory.
 
     ``limit_bytes``: on reserved bytes; enough to come through.
     """
-    replay = replay_steps(cfg, rank, simulated)
+    replay = replay_steps(cfg, rank, simulated, fresh=fresh)
     trace, steady = replay.trace, replay.done - 1
     simulation: Simulation | None = None
     timeline = tensors = Timeline(trace.events, trace.segments)

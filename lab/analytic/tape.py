@@ -71,8 +71,12 @@ class Storage:
 
     def __init__(self, trace: Trace, nbytes: int, category: MemoryCategory, label: str) -> None:
         self.trace, self.nbytes, self.category, self.label = trace, nbytes, category, label
-        self.live = False
-        self.resize(True)
+        self.live = True
+        if nbytes:
+            self.id = ident = trace.next_id
+            trace.next_id = ident + 1
+            self.size = size = -(-nbytes // trace.alignment) * trace.alignment
+            trace.events.append((ALLOC, ident, size, category, label, trace.stream))
 
     @classmethod
     def adopted(cls, trace: Trace, ident: int, nbytes: int, category: MemoryCategory, label: str) -> Storage:

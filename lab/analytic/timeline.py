@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 from lab.analytic.segments import Segment
 from lab.analytic.tape import ALLOC, FREE, MARK, MOVE, SEGMENT, Event
@@ -136,18 +137,15 @@ class Timeline:
 
 
 def _totals_with_segments(events: Sequence[Event], segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
-    after, high, total = [], [], 0
-    for kind, _, nbytes, _, _, _ in events:
-        if kind == ALLOC:
-            total += nbytes
-        elif kind == FREE:
-            total -= nbytes
-        elif kind == SEGMENT:
-            segment = segments[nbytes]
-            high.append(total + segment.highest)
-            total += segment.change
-            after.append(total)
-            continue
-        after.append(total)
-        high.append(total)
+    whole, highest = [s.change for s in segments], [s.highest for s in segments]
+    after = list(
+        accumulate(
+            n if kind == ALLOC else -n if kind == FREE else whole[n] if kind == SEGMENT else 0
+            for kind, _, n, _, _, _ in events
+        )
+    )
+    high = after.copy()
+    for i in [i for i, event in enumerate(events) if event[0] == SEGMENT]:
+        segment = events[i][2]
+        high[i] += highest[segment] - whole[segment]
     return after, high

@@ -71,7 +71,7 @@ class Coordinator:
             p.active.add(module)
             if p in self.gatherer.inflight:
                 self.gatherer.wait(p)
-        if self.trace_mode == "complete":
+        if self.trace_mode == "complete" and self.queue:
             self._forget(params)
             self._prefetch()
         self.step_id += 1
@@ -88,6 +88,8 @@ class Coordinator:
     def _prefetch(self) -> None:
         live = self.options.stage3_max_live_parameters - self.num_available
         room = min(live, self.options.stage3_prefetch_bucket_size)
+        if room <= 0:
+            return
         wanted: dict[Sharded, None] = {}
         numel = 0
         while self.queue and numel < room:

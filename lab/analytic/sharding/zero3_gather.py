@@ -13,6 +13,7 @@ N = world_size, e = bytes per parameter element, shard = ceil(numel / N).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from lab.analytic.ops import Parameter
 from lab.analytic.tape import Tape, Tensor
@@ -38,6 +39,9 @@ class Sharded:
         return self.parameter.numel
 
 
+_index = attrgetter("index")
+
+
 @dataclass
 class Handle:
     """An all-gather under way; ``flat`` is what it fills when several parameters share it."""
@@ -53,6 +57,7 @@ class Gatherer:
     def __init__(self, tape: Tape, world: int, stream: int) -> None:
         self.tape, self.world, self.stream = tape, world, stream
         self.inflight: dict[Sharded, Handle] = {}
+        self.empty = tape.new(0, 1, "").storage
 
     def _whole(self, p: Sharded, padded: bool) -> Tensor:
         size = p.parameter.tensor.itemsize
@@ -70,9 +75,10 @@ class Gatherer:
 
     def start(self, params: list[Sharded]) -> int:
         """Start one all-gather of those that are not there; the elements it fetches."""
-        params = sorted((p for p in params if p.status == NOT_AVAILABLE), key=lambda p: p.index)
+        params = [p for p in params if p.status == NOT_AVAILABLE]
         if not params:
             return 0
+        params.sort(key=_index)
         handle = Handle(params)
         self.tape.trace.stream = self.stream
         if self.world > 1 and len(params) == 1:
@@ -103,5 +109,5 @@ class Gatherer:
     def partition(self, p: Sharded) -> None:
         """free_param: ``data`` becomes an empty tensor."""
         size = p.parameter.tensor.itemsize
-        p.parameter.tensor = Tensor(self.tape.new(0, size, "").storage, p.numel, size)
+        p.parameter.tensor = Tensor(self.empty, p.numel, size)
         p.status = NOT_AVAILABLE
