@@ -65,7 +65,8 @@ class HFCausalLM(nn.Module):
     def token_embedding(self) -> str:
         """Name of the token embedding."""
         wanted = self.hf.get_input_embeddings()
-        return next(name for name, module in self.named_modules() if module is wanted)
+        found: str = next(name for name, module in self.named_modules() if module is wanted)
+        return found
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """tokens int64 [b, s] -> fp32 scalar. ``outputs`` (with the logits) go when this returns."""

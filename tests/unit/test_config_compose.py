@@ -36,7 +36,7 @@ def overrides_for(group: str, option: str) -> list[str]:
         ("attention", "mem_efficient"): ["hardware=h200"],
         ("attention", "cudnn"): ["hardware=h200"],
         ("measure", "snapshot"): ["hardware=h200"],
-    }.get((group, option), [])
+    }.get((group, option), ["adapter=lora"] if group == "quantization" and option != "none" else [])
     return [f"{group}={option}", *needs, *([] if group == "hardware" or "hardware=h200" in needs else ["hardware=cpu"])]
 
 
@@ -131,9 +131,10 @@ def test_plain_composition_equals_hydra_for_random_mixtures() -> None:
     for _ in range(25):
         overrides = [f"{g}={draw.choice(options(g))}" for g in groups() if draw.random() < 0.4 and options(g)]
         overrides += [f"{key}={draw.choice(v)}" for key, v in SCALARS.items() if draw.random() < 0.4]
-        if "tracker=none" in overrides:
+        study = any(o.startswith("experiment=") for o in overrides)  # which may choose these options itself
+        if "tracker=none" in overrides or study:
             overrides = [o for o in overrides if not o.startswith("tracker.")]
-        if "model=hf" in overrides:  # whose shapes are no settings
+        if "model=hf" in overrides or study:  # whose shapes are no settings
             overrides = [o for o in overrides if not o.startswith("model.")]
         draw.shuffle(overrides)
         both(overrides)
