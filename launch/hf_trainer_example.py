@@ -10,9 +10,10 @@ The record appears under outputs/hf_trainer; `lab compare outputs/hf_trainer` sh
 from __future__ import annotations
 
 import argparse
+import tempfile
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from lab.integrations import MemoryCallback
 
@@ -27,6 +28,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weights", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--optim", default="adamw_torch_fused")
     parser.add_argument("--lora", type=int, default=0, help="rank of peft adapters on every Linear; 0: none")
+    parser.add_argument("--nf4", action="store_true", help="QLoRA: weights in NF4, doubly quantized; with --lora")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--name", default="hf_trainer", help="folder of the record under outputs/")
     return parser.parse_args()
@@ -37,6 +39,23 @@ def sequences(count: int, length: int) -> list[dict[str, list[int]]]:
     text = " ".join(f"{i} times {i} is {i * i}." for i in range(count * length // 8)).encode()
     parts = [list(text[i * length : (i + 1) * length]) for i in range(count)]
     return [{"input_ids": part, "attention_mask": [1] * length, "labels": part} for part in parts]
+
+
+def quantized(model: PreTrainedModel, checkpointing: bool) -> PreTrainedModel:
+    """Saved and loaded again in 4 bit, as one loads a checkpoint for QLoRA."""
+    from peft import prepare_model_for_kbit_training
+    from transformers import BitsAndBytesConfig
+
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4, dtype=torch.bfloat16)
+    return prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=checkpointing)
 
 
 def main() -> None:
@@ -52,6 +71,8 @@ def main() -> None:
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.weights))
+    if options.nf4:
+        model = quantized(model, options.checkpointing)
     if options.lora:
         from peft import LoraConfig, get_peft_model
 

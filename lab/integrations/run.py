@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lab.config import RunConfig, load
+from lab.config import RunConfig
 from lab.faults import is_out_of_memory, one_line, oom_moment
 from lab.integrations.phases import PhaseSwitch
-from lab.integrations.settings import Facts, Settings, trainer_settings
+from lab.integrations.settings import Facts, Settings, resolved, trainer_settings
 from lab.measure import gather, make_meter
 from lab.parallel.accelerate_engine import applied_state
+from lab.parallel.engine import quantized_tensors
 from lab.record import Prediction, StepMeasurement, write_json_atomic
 from lab.run_state import RunState
 from lab.track import RunFolder, new_run_id
@@ -73,12 +74,12 @@ class TrainerRun:
             attention=str(self.model.config._attn_implementation),
             adapter=_adapter(self.model),
             input_gradients=any(getattr(m, "_require_grads_hooks", None) for m in self.model.modules()),
-            quantized=len(weights) < len(list(self.model.parameters())),
+            quantization=_quantization(self.model),
             padded=mask is not None and not bool(mask.all()),
         )
         path = str(self.path / "model" / "config.json")
         settings = trainer_settings(self.args, facts, path, self.name, self.output_dir)
-        return settings, load(settings.overrides)
+        return settings, resolved(settings)
 
     # -- the run -------------------------------------------------------------------------------------
 
@@ -96,6 +97,7 @@ class TrainerRun:
             yield MemoryCategory.PARAMETERS, parameter.data
             if parameter.grad is not None:
                 yield MemoryCategory.GRADIENTS, parameter.grad
+        yield from quantized_tensors(self.model)
         for buffer in self.model.buffers():
             yield MemoryCategory.ACTIVATIONS, buffer
         for state in getattr(self.optimizer, "state", {}).values():
@@ -110,6 +112,8 @@ class TrainerRun:
     def saw_batch(self, inputs: dict[str, Any]) -> None:
         """Before each forward of a training step: the batch's length, and with the first one the prediction."""
         batch = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.dim() == 2}
+        for tensor in batch.values():
+            self.meter.claim(MemoryCategory.ACTIVATIONS, tensor)
         tokens = batch.get("input_ids")
         if tokens is not None:
             self.lengths.add(tokens.shape[1])
@@ -194,6 +198,11 @@ def _adapter(model: Any) -> dict[str, Any] | None:
     if not configs:
         return None
     return dict(configs[0].to_dict()) if len(configs) == 1 else {"peft_type": f"{len(configs)} adapters"}
+
+
+def _quantization(model: Any) -> dict[str, Any] | None:
+    config = getattr(model.config, "quantization_config", None)
+    return None if config is None else dict(config if isinstance(config, dict) else config.to_dict())
 
 
 _runs = 0

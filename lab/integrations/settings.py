@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lab.config import ConfigError, RunConfig, load
 from lab.config.plain import read_option
 
 _STRATEGIES = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp"}
@@ -23,6 +24,8 @@ _OPTIMIZERS = {  # TrainingArguments.optim -> (optimizer, implementation; None: 
     "paged_adamw_32bit": ("paged_adamw_32bit", "fused"),
     "lion_8bit": ("lion_8bit", "fused"),
 }
+_ALWAYS = ("engine", "model", "name", "launch", "world_size", "tracker", "train", "hardware", "parallel")
+_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "uint8"}
 _ATTENTION = {"sdpa": "auto", "eager": "eager"}
 
 
@@ -41,7 +44,7 @@ class Facts:
     attention: str = "sdpa"  # config._attn_implementation
     adapter: Mapping[str, Any] | None = None  # a peft model's only configuration, as a dictionary
     input_gradients: bool = False  # enable_input_require_grads was called
-    quantized: bool = False  # weights that are not floating point
+    quantization: Mapping[str, Any] | None = None  # config.quantization_config, as a dictionary
     padded: bool = False  # the first batch's attention_mask has zeros
 
 
@@ -78,6 +81,15 @@ def trainer_settings(args: Any, facts: Facts, model_path: str, name: str, output
     _optimizer(args, facts, strategy, out)
     _model(args, facts, out)
     return out
+
+
+def resolved(settings: Settings) -> RunConfig:
+    """The run's configuration. What the lab refuses is left out of it, and there is no prediction then."""
+    try:
+        return load(settings.overrides)
+    except ConfigError as error:
+        settings.missing.append(str(error))
+        return load([o for o in settings.overrides if o.split("=")[0].split(".")[0] in _ALWAYS])
 
 
 def _strategy(facts: Facts, out: Settings) -> str:
@@ -153,8 +165,8 @@ def _model(args: Any, facts: Facts, out: Settings) -> None:
         out.overrides.append("engine.input_gradients=true")
     if facts.adapter is not None:
         _adapter(facts.adapter, out)
-    if facts.quantized:
-        out.missing.append("quantized weights are not read off the model")
+    if facts.quantization is not None:
+        _quantization(facts.quantization, facts, out)
     for name, neutral in (("label_smoothing_factor", 0.0), ("torch_compile", False), ("use_liger_kernel", False)):
         if getattr(args, name, neutral) != neutral:
             out.missing.append(f"{name}={getattr(args, name)} is not modelled")
@@ -189,3 +201,26 @@ def _adapter(config: Mapping[str, Any], out: Settings) -> None:
         f"adapter.dropout={config['lora_dropout']}",
         f"adapter.target_modules=[{','.join(sorted(targets))}]",
     ]
+
+
+def _quantization(config: Mapping[str, Any], facts: Facts, out: Settings) -> None:
+    """A BitsAndBytesConfig; transformers leaves the head as it is."""
+    if config.get("load_in_8bit"):
+        out.overrides.append("quantization=int8")
+    elif config.get("load_in_4bit"):
+        double = "_double" if config.get("bnb_4bit_use_double_quant") else ""
+        kind = f"{config.get('bnb_4bit_quant_type', 'fp4')}{double}"
+        if kind not in ("nf4", "fp4", "nf4_double"):
+            out.missing.append(f"quantization {kind} is not modelled")
+            return
+        compute = _DTYPES.get(str(config.get("bnb_4bit_compute_dtype")).removeprefix("torch."), "fp32")
+        storage = _DTYPES.get(str(config.get("bnb_4bit_quant_storage")).removeprefix("torch."), "uint8")
+        out.overrides += [f"quantization={kind}", f"quantization.compute_dtype={compute}"]
+        out.overrides.append(f"quantization.storage_dtype={storage}")
+    else:
+        out.missing.append(f"quant_method={config.get('quant_method')} is not modelled")
+        return
+    upcast = "false" if facts.parameter_dtype in ("bfloat16", "float16") else "true"
+    out.overrides.append(f"adapter.prepare_kbit={upcast}")
+    skipped = config.get("llm_int8_skip_modules") or ["lm_head"]
+    out.overrides.append(f"quantization.skip_modules=[{','.join(skipped)}]")

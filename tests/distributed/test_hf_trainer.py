@@ -29,8 +29,11 @@ def example(folder: Path, *options: str) -> str:
     return done.stdout
 
 
-def test_prediction_is_the_measurement(tmp_path: Path) -> None:
-    out = example(tmp_path, "--layers", "3", "--accumulation", "2", "--checkpointing", "--optim", "adamw_torch")
+@pytest.mark.parametrize(
+    "options", [["--layers", "3", "--optim", "adamw_torch"], ["--lora", "4", "--nf4", "--checkpointing"]]
+)
+def test_prediction_is_the_measurement(options: list[str], tmp_path: Path) -> None:
+    out = example(tmp_path, "--accumulation", "2", *options)
     ((_, record),) = read_records([tmp_path / "outputs"])
     assert record.status == "ok"
     assert record.prediction is not None

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lab.config import ConfigError, RunConfig, load
-from lab.integrations.settings import Facts, Settings, trainer_settings
+from lab.integrations.settings import Facts, Settings, resolved, trainer_settings
 
 CONFIG = {
     "model_type": "llama",
@@ -40,6 +40,13 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
+BF16 = {"parameter_dtype": "bfloat16"}
+NF4 = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+}
 LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": {"v_proj", "q_proj"}}
 
 
@@ -81,6 +88,12 @@ def test_the_usual(tmp_path: Path) -> None:
         ({}, {"adapter": LORA}, "adapter.target_modules", ("q_proj", "v_proj")),
         ({}, {"adapter": LORA}, "adapter.rank", 4),
         ({}, {"adapter": {**LORA, "use_dora": True}}, "adapter.kind", "dora"),
+        ({}, {"adapter": LORA, "quantization": NF4}, "quantization.kind", "nf4_double"),
+        ({}, {"adapter": LORA, "quantization": NF4}, "quantization.skip_modules", ("lm_head",)),
+        ({}, {"adapter": LORA, "quantization": NF4}, "adapter.prepare_kbit", True),
+        ({}, {"adapter": LORA, "quantization": NF4, **BF16}, "adapter.prepare_kbit", False),
+        ({}, {"adapter": LORA, "quantization": {"load_in_8bit": True}}, "quantization.kind", "int8"),
+        ({}, BF16, "engine.autocast", True),
         ({}, {"world_size": 2, "distributed_type": "MULTI_CPU"}, "parallel.strategy", "ddp"),
     ],
 )
@@ -112,13 +125,23 @@ def test_deepspeed_as_applied(tmp_path: Path) -> None:
         ({"n_gpu": 2}, {}, "DataParallel"),
         ({}, {"adapter": {"peft_type": "IA3"}}, "peft_type=IA3"),
         ({}, {"adapter": {**LORA, "modules_to_save": ["lm_head"]}}, "modules_to_save"),
-        ({}, {"quantized": True}, "quantized"),
+        ({}, {"quantization": {"quant_method": "gptq"}}, "quant_method=gptq"),
         ({}, {"attention": "flash_attention_2"}, "flash_attention_2"),
         ({}, {"distributed_type": "FSDP", "world_size": 2}, "FSDP through a Trainer"),
     ],
 )
 def test_no_prediction_and_why(arguments: dict[str, Any], changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
     assert any(reason in text for text in mapped(tmp_path, dataclasses.replace(FACTS, **changes), **arguments).missing)
+
+
+def test_what_the_lab_refuses_is_measured_all_the_same(tmp_path: Path) -> None:
+    fp32 = {**NF4, "bnb_4bit_compute_dtype": "float32"}
+    settings = mapped(tmp_path, dataclasses.replace(FACTS, adapter=LORA, quantization=fp32))
+    with pytest.raises(ConfigError):
+        load(settings.overrides)
+    cfg = resolved(settings)
+    assert (cfg.quantization.kind, cfg.train.seq_len, cfg.engine.kind) == ("none", 96, "hf_trainer")
+    assert settings.missing == ["quantization.compute_dtype=fp32: precision=bf16_mixed multiplies in bf16: set bf16"]
 
 
 def test_lab_train_refuses_it(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ class _Clipped(Rule):
 
     def materialise(self, spec: ParameterSpec) -> tuple[Tensor, Quantized | None]:
         """The weights come from the host as they are."""
+        if spec.quantized:
+            return super().materialise(spec)
         return self.tape.new(spec.numel, self.itemsize_of(spec), spec.name, PARAMETERS), None
 
     def optimizer_step(self) -> None:
