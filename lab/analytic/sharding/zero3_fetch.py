@@ -66,13 +66,15 @@ class Coordinator:
         if not forward:
             self.backward_modules[module] = None
         params = self._of(module)
-        self.num_available += self.gatherer.start(params)
+        if params:
+            self.num_available += self.gatherer.start(params)
         for p in params:
             p.active.add(module)
             if p in self.gatherer.inflight:
                 self.gatherer.wait(p)
         if self.trace_mode == "complete" and self.queue:
-            self._forget(params)
+            if params:
+                self._forget(params)
             self._prefetch()
         self.step_id += 1
 
@@ -105,9 +107,11 @@ class Coordinator:
     def release(self, module: str, forward: bool) -> None:
         """release_sub_module: after the module's forward, and after its backward."""
         params = self._of(module)
-        free = self._params_to_release(module) if self.trace_mode == "complete" else set(params)
         if not forward:
             self.backward_modules.pop(module, None)
+        if not params:
+            return
+        free = self._params_to_release(module) if self.trace_mode == "complete" else set(params)
         for p in params:
             p.active.discard(module)
             if p in free:

@@ -33,10 +33,10 @@ class Sharded:
     persist: bool
     status: str = NOT_AVAILABLE
     active: set[str] = field(default_factory=set)  # ds_active_sub_modules
+    numel: int = field(init=False)
 
-    @property
-    def numel(self) -> int:
-        return self.parameter.numel
+    def __post_init__(self) -> None:
+        self.numel = self.parameter.numel
 
 
 _index = attrgetter("index")

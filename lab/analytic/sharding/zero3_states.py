@@ -26,10 +26,13 @@ def shard_elements(params: list[Sharded]) -> int:
 def sub_groups(params: list[Sharded], size: int) -> list[list[Sharded]]:
     """_create_fp16_sub_groups: a group closes once its shards hold ``size`` elements."""
     groups: list[list[Sharded]] = [[]]
+    filled = 0
     for p in params:
-        if shard_elements(groups[-1]) >= size:
+        if filled >= size:
             groups.append([])
+            filled = 0
         groups[-1].append(p)
+        filled += p.shard_numel
     return groups
 
 
