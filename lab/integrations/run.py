@@ -54,9 +54,10 @@ class TrainerRun:
     # -- configuration -------------------------------------------------------------------------------
 
     def _write_model_config(self) -> None:
-        """The model's config.json into the run folder: what the prediction is made from."""
-        if self.rank == 0 or not self.path.is_dir():
-            write_json_atomic(self.path / "model" / "config.json", json.loads(self.model.config.to_json_string(False)))
+        """The model's config.json into the run folder: what the prediction is made from. Ranks do not wait here."""
+        file = self.path / "model" / "config.json"
+        if not file.is_file():
+            write_json_atomic(file, json.loads(self.model.config.to_json_string(False)))
 
     def _resolve(self, seq_len: int, batch: dict[str, Tensor] | None = None) -> tuple[Settings, RunConfig]:
         kind, deepspeed, _ = applied_state()
