@@ -72,17 +72,17 @@ class _ScratchHooks:
         self.count = 0
 
     def enter(self, module: str, x: Tensor) -> Tensor:
-        return self._hook(module, x, True, x.node is not None)
+        return self._hook(module, x, entering=True)
 
     def leave(self, module: str, y: Tensor) -> Tensor:
-        return self._hook(module, y, False, True)
+        return self._hook(module, y, entering=False)
 
-    def _hook(self, module: str, x: Tensor, entering: bool, node: bool) -> Tensor:
+    def _hook(self, module: str, x: Tensor, entering: bool) -> Tensor:
         if not self.called:
             return x
         if not module.startswith(self.own + "."):
             raise Unrecordable(f"{module} is not of the block")
-        node = node and self.nodes
+        node = self.nodes and x.node is not None
         self.trace.note(Hook(module[len(self.own) :], entering, x.node is not None, node))
         if not node:
             return x

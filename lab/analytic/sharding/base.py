@@ -25,7 +25,7 @@ class Rule:
     repeats_from = 1
     deepspeed = False  # its engine always divides the loss by the micro-steps and multiplies it by the loss scale
     always_divides_loss = False  # Accelerate's backward divides by the micro-steps even where there is one
-    hook_nodes = False  # ``enter`` gives a tensor that needs a gradient a node of its own, ``leave`` every tensor
+    hook_nodes = False  # ``enter`` and ``leave`` give a tensor that needs a gradient a node of their own
     linear_keeps_parameter = False  # DeepSpeed's LinearFunctionForZeroStage3, see Ops.linear
 
     def __init__(self, cfg: RunConfig, tape: Tape, specs: list[ParameterSpec]) -> None:
