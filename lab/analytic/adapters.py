@@ -49,7 +49,7 @@ def adapt(
         trained = cfg.train_embeddings and spec.name == embedding
         out.append(replace(spec, trainable=trained, wide=spec.wide or (upcast and not spec.quantized)))
         if targets(spec, cfg):
-            rows, columns = spec.shape
+            rows, columns = reversed(spec.shape) if spec.transposed else spec.shape
             shapes: dict[str, tuple[int, ...]] = {
                 "lora_A.weight": (cfg.rank, columns),
                 "lora_B.weight": (rows, cfg.rank),

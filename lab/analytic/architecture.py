@@ -20,6 +20,7 @@ class ParameterSpec:
     shape: tuple[int, ...]
     unit: int
     linear: bool = False  # the weight of a Linear, [out, in]: what quantization and adapters are about
+    transposed: bool = False  # a linear one that is [in, out]: transformers' Conv1D, which is never quantized here
     trainable: bool = True
     quantized: str = ""  # int8 | fp4 | nf4 | nf4_double: stored packed
     wide: bool = False  # fp32 whatever the precision: adapters, and what peft's k-bit preparation upcasts

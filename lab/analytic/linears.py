@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -19,6 +20,9 @@ class ModuleHooks(Protocol):
     def leave(self, module: str, y: Tensor) -> Tensor: ...
 
 
+Plain = Callable[[Tensor, str, str], Tensor]
+
+
 class Linears:
     """``linears(x, name, label, rows)`` is module ``name`` applied to x [rows, in].
 
@@ -30,18 +34,19 @@ class Linears:
         self.cfg, self.ops, self.p, self.hooks = cfg, ops, params, hooks
         self.compute_itemsize = compute_itemsize(cfg.quantization)
 
-    def __call__(self, x: Tensor, name: str, label: str, rows: int) -> Tensor:
+    def __call__(self, x: Tensor, name: str, label: str, rows: int, plain: Plain | None = None) -> Tensor:
+        """``plain``: a family's own layer in nn.Linear's place, as (x, name, label)."""
         x = self.hooks.enter(name, x)
-        return self.hooks.leave(name, self._forward(x, name, label, rows))
+        return self.hooks.leave(name, self._forward(x, name, label, rows, plain))
 
-    def _forward(self, x: Tensor, name: str, label: str, rows: int) -> Tensor:
+    def _forward(self, x: Tensor, name: str, label: str, rows: int, plain: Plain | None) -> Tensor:
         if f"{name}.lora_A.weight" not in self.p:
-            return self._base(x, name, label, rows)
+            return self._base(x, name, label, rows, plain)
         weight, itemsize = self.p[f"{name}.weight"], self.p[f"{name}.lora_A.weight"].tensor.itemsize
 
         def base(y: Tensor) -> Tensor:
             y = self.hooks.enter(f"{name}.base_layer", y)
-            return self.hooks.leave(f"{name}.base_layer", self._base(y, name, label, rows))
+            return self.hooks.leave(f"{name}.base_layer", self._base(y, name, label, rows, plain))
 
         def adapter(leaf: str, y: Tensor) -> Tensor:
             module = f"{name}.lora_{leaf}"
@@ -53,7 +58,9 @@ class Linears:
         down, up = partial(adapter, "A"), partial(adapter, "B")
         return lora(self.ops, base, down, up, x, itemsize, label, self.cfg.adapter.dropout, kind)
 
-    def _base(self, x: Tensor, name: str, label: str, rows: int) -> Tensor:
+    def _base(self, x: Tensor, name: str, label: str, rows: int, plain: Plain | None) -> Tensor:
+        if plain is not None:
+            return plain(x, name, label)
         w, b = self.p[f"{name}.weight"], self.p.get(f"{name}.bias")
         if w.quantized is None:
             return self.ops.linear(x, w, b, rows, label)

@@ -37,7 +37,7 @@ def quantize(specs: list[ParameterSpec], cfg: QuantizationConfig) -> list[Parame
         return specs
     return [
         replace(s, quantized=cfg.kind, trainable=False)
-        if s.linear and not matches(s.name.removesuffix(".weight"), cfg.skip_modules)
+        if s.linear and not s.transposed and not matches(s.name.removesuffix(".weight"), cfg.skip_modules)
         else s
         for s in specs
     ]

@@ -50,6 +50,10 @@ def _quantization(cfg: RunConfig) -> None:
             f"needs its base's row norms, which quantization={q.kind} changes after they are drawn; "
             "use adapter=lora, or quantization=none",
         )
+    if cfg.model.family == "gpt2":
+        raise ConfigError(
+            "quantization", q.kind, "GPT-2's layers in transformers are Conv1D, not Linears: nothing to pack"
+        )
     if q.kind != "int8" and q.block_size not in BLOCK_SIZES:
         raise ConfigError("quantization.block_size", q.block_size, f"one of {', '.join(map(str, BLOCK_SIZES))}")
     half = {Precision.BF16_MIXED: "bf16", Precision.FP16_MIXED: "fp16"}.get(precision)

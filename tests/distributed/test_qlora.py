@@ -12,6 +12,7 @@ import pytest
 from lab.cli.points import study_points
 from tests.distributed.points_worker import off_by
 from tests.distributed.small_run import ENVIRONMENT, ROOT, small_run
+from tests.unit.hf_cases import write_config
 
 LORA = ["adapter=lora", "precision=bf16_mixed"]
 GPT2 = ["model.norm=layernorm", "model.mlp=gelu", "model.position=learned", "model.bias=true", "model.fused_qkv=true"]
@@ -44,6 +45,12 @@ def test_every_point_of_the_studies_and_more_is_predicted_to_the_byte(tmp_path: 
     assert [len(study) for study in studies] == [16, 8]
     points = [list(point.overrides) for study in studies for point in study]
     points += [["measure=ledger", *small, *more] for more in MORE]
+    for family, more in (("llama", ["quantization=nf4_double"]), ("gpt2", [])):
+        path = write_config(tmp_path, family)
+        own = [s for s in small_run(tmp_path, steps=2) if not s.startswith("model.")]
+        hf = ["model=hf", f"model.path={path}", "model.random_weights=true", "data.tokenizer_vocab_size=300"]
+        given = {s.partition("=")[0] for s in hf}
+        points.append([*(s for s in own if s.partition("=")[0] not in given), *hf, "measure=ledger", *LORA, *more])
     results = train_all(points, tmp_path)
     assert [(p, r) for p, r in zip(points, results, strict=True) if r["status"] != "ok" or r["off"]] == []
 

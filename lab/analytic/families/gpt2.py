@@ -14,9 +14,10 @@ class GPT2(HFDecoder):
     """GPT2LMHeadModel."""
 
     def _conv1d(self, x: Tensor, name: str, label: str) -> Tensor:
-        x = self.hooks.enter(name, x)
-        y = conv1d(self.ops, x, self.p[f"{name}.weight"], self.p[f"{name}.bias"], self.rows, label)
-        return self.hooks.leave(name, y)
+        return self.linears(x, name, label, self.rows, self._plain_conv1d)
+
+    def _plain_conv1d(self, x: Tensor, name: str, label: str) -> Tensor:
+        return conv1d(self.ops, x, self.p[f"{name}.weight"], self.p[f"{name}.bias"], self.rows, label)
 
     def _layer_norm(self, x: Tensor, name: str) -> Tensor:
         x = self.hooks.enter(name, x)

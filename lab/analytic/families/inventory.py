@@ -62,7 +62,8 @@ def _gpt2(m: ModelConfig) -> list[ParameterSpec]:
     ]
 
     def both(name: str, shape: tuple[int, ...], bias: int, unit: int) -> None:
-        specs.append(ParameterSpec(f"{name}.weight", shape, unit))
+        matrix = len(shape) > 1
+        specs.append(ParameterSpec(f"{name}.weight", shape, unit, linear=matrix, transposed=matrix))
         specs.append(ParameterSpec(f"{name}.bias", (bias,), unit))
 
     for i in range(m.num_layers):  # Conv1D's weight is [in, out]
