@@ -28,9 +28,11 @@ def assumptions(cfg: RunConfig, managed_bytes: int = 0) -> list[str]:
         out.append("CPU: no caching allocator, reserved equals allocated; device_used is not modelled")
     if cfg.precision.kind is Precision.FP16_MIXED:
         out.append("fp16: every step is taken; a step that the loss scaler skips for an overflow is not modelled")
-    if cfg.parallel.strategy is Strategy.DDP and cfg.hardware.device_type == "cuda":
+    waits = cfg.parallel.ddp.release_first_bucket and cfg.engine.kind != "hf_trainer"
+    if cfg.parallel.strategy is Strategy.DDP and cfg.hardware.device_type == "cuda" and not waits:
         out.append(
-            "DDP: the first backward's bucket is kept until the second step's first all-reduce (NCCL's watchdog)"
+            "DDP: the first backward's bucket is kept until the second step's first all-reduce; NCCL's watchdog may "
+            "let go of it earlier, then reserved and device_used are lower by up to one copy of the gradients"
         )
     if cfg.optimizer.kind.startswith("paged_") and cfg.hardware.device_type == "cpu":
         out.append("paged optimizer on a CPU: bitsandbytes does not page there, its states are plain tensors")

@@ -71,12 +71,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DDPOptions:
-    """torch.nn.parallel.DistributedDataParallel: its own names and defaults."""
+    """torch.nn.parallel.DistributedDataParallel: its own names and defaults; what the lab adds comes last."""
 
     bucket_cap_mb: float = 25.0  # MiB
     gradient_as_bucket_view: bool = False
     broadcast_buffers: bool = True
     static_graph: bool = False
+    # Wait once, 0.3 s after the first step, until NCCL has let go of the first bucket (GPU, native and accelerate).
+    # Off here, for records from before it: there NCCL's watchdog, every 100 ms, decided.
+    release_first_bucket: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -23,6 +24,8 @@ from lab.parallel.torch_step import TorchStep
 from lab.transforms.precision import autocast
 from lab.vocab import MemoryCategory, Strategy
 
+WATCHDOG_SECONDS = 0.1  # torch 2.11, ProcessGroupNCCL.hpp, kWatchdogThreadSleepMillis
+
 
 class ReplicatedEngine(TorchStep):
     """Weights as they are, autocast around forward in mixed precision, torch.optim.
@@ -42,6 +45,7 @@ class ReplicatedEngine(TorchStep):
         self.model: nn.Module = _ddp(cfg, model, device) if cfg.parallel.strategy is Strategy.DDP else model
         self.make_optimizer((p for p in model.parameters() if p.requires_grad), device)
         self._micro_step = 0
+        self._first_bucket = waits_for_first_bucket(cfg, device)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         # DDP decides in forward whether the coming backward reduces: only that of the last micro-step.
@@ -51,6 +55,23 @@ class ReplicatedEngine(TorchStep):
         with self.model.no_sync() if keep_local else nullcontext(), autocast(self.cfg, self.device):
             loss: Tensor = self.model(tokens, targets)
         return loss
+
+    def zero_grad(self) -> None:
+        super().zero_grad()
+        self.release_first_bucket()
+
+    def release_first_bucket(self) -> None:
+        """Once, after the first step: wait until NCCL's watchdog has seen that DDP's first reduction is over.
+
+        Until then the reduction's Work holds the first bucket, all gradients in one (ProcessGroupNCCL.cpp,
+        stashed_for_allocator_safety_); if it still does when DDP makes its buckets anew, in the second forward, both
+        exist at once and the segments stay for the rest of the run. Which it is would otherwise hang on how long the
+        first optimizer step takes on the host.
+        """
+        waits, self._first_bucket = self._first_bucket, False
+        if waits:
+            torch.cuda.synchronize(self.device)
+            time.sleep(3 * WATCHDOG_SECONDS)
 
     def live_tensors(self) -> Iterator[LiveTensor]:
         yield from parameters_and_gradients(self.decoder.parameters())
@@ -71,6 +92,12 @@ class ReplicatedEngine(TorchStep):
     def close(self) -> None:
         self.drop_states()
         self.model = self.decoder = nn.Module()
+
+
+def waits_for_first_bucket(cfg: RunConfig, device: torch.device) -> bool:
+    """Only NCCL keeps what it reduces."""
+    ddp = cfg.parallel.strategy is Strategy.DDP
+    return ddp and device.type == "cuda" and cfg.parallel.ddp.release_first_bucket
 
 
 def _ddp(cfg: RunConfig, model: nn.Module, device: torch.device) -> DistributedDataParallel:

@@ -37,7 +37,7 @@ def large_blocks(events: list[Event]) -> list[int]:
     return out + sorted(freed, reverse=True)
 
 
-@pytest.mark.parametrize("name", ["checkpointing"])
+@pytest.mark.parametrize("name", ["checkpointing", "ddp"])
 def test_order_of_a_real_run(name: str) -> None:
     recorded = json.loads(gzip.decompress((DATA / f"large_blocks_{name}.json.gz").read_bytes()))
     replay = Replay(load(recorded["overrides"]))
@@ -46,6 +46,26 @@ def test_order_of_a_real_run(name: str) -> None:
         replay.step()
     expected = recorded["events"]
     assert large_blocks(replay.trace.events)[: len(expected)] == expected
+
+
+def test_the_first_bucket_goes_before_the_second_ones_come_or_with_the_first_reduction() -> None:
+    sizes = ["model=25m", "train.seq_len=128", "parallel=ddp", "world_size=2", "hardware=h200"]
+    peaks = {}
+    for release in (True, False):
+        replay = Replay(load([*sizes, f"parallel.ddp.release_first_bucket={release}"]))
+        replay.build()
+        for _ in range(3):
+            replay.step()
+        live = peak = 0
+        for kind, _, nbytes, _, label, _ in replay.trace.events:
+            if label == "DDP bucket" and kind in (ALLOC, FREE):
+                live += nbytes if kind == ALLOC else -nbytes
+                peak = max(peak, live)
+        gradients = sum(s.numel * 4 for s in replay.rule.trained)
+        peaks[release] = peak / gradients
+        assert live / gradients == pytest.approx(1, rel=1e-3)
+    assert peaks[True] == pytest.approx(1, rel=1e-3)
+    assert peaks[False] == pytest.approx(2, rel=1e-3)
 
 
 def labels(tape: Tape) -> list[str]:

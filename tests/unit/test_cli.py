@@ -214,7 +214,11 @@ def test_tables_align_numbers_to_the_right() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "verdict"), [(["model=tiny"], "fits, "), (["model=7b", "parallel=ddp"], "does not fit, ")]
+    ("overrides", "verdict"),
+    [
+        (["model=tiny"], "fits, "),
+        (["model=7b", "parallel=ddp", "parallel.ddp.release_first_bucket=false"], "does not fit, "),
+    ],
 )
 def test_predict_says_whether_it_fits(overrides: list[str], verdict: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", "hardware=h200", *overrides, "world_size=1", "train.micro_batch_size=2"]) == 0

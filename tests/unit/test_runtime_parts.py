@@ -17,6 +17,7 @@ from lab.metrics import flops_per_token, run_metrics
 from lab.optim import build_optimizer, learning_rate
 from lab.parallel import ENGINES
 from lab.parallel.materialise import initial_value, materialise, slots
+from lab.parallel.replicated import ReplicatedEngine, waits_for_first_bucket
 from lab.parallel.zero import deepspeed_config
 from lab.progress import Progress
 from lab.record import PhaseReading, RankMeasurement, StepMeasurement
@@ -248,3 +249,24 @@ def test_progress_prints_the_last_step_on_rank_0_only() -> None:
         lines = stream.getvalue().splitlines()
         assert [line.split("  ")[:2] for line in lines] == ([["step 2/2", "loss 3.2500"]] if enabled else [])
         assert losses.known == ([3.25, 3.25] if enabled else [])
+
+
+def test_ddp_waits_once_for_its_first_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than NCCL's watchdog sleeps, and after the device is done."""
+    done: list[float] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append(0.0))
+    monkeypatch.setattr("time.sleep", done.append)
+    engine = ReplicatedEngine.__new__(ReplicatedEngine)
+    engine.device = torch.device("cuda")
+    gpu = ["parallel=ddp", "world_size=2", "hardware=h200"]
+    ddp = load(gpu)
+    engine._first_bucket = waits_for_first_bucket(ddp, engine.device)
+    engine.release_first_bucket()
+    engine.release_first_bucket()
+    assert done[0] == 0.0
+    assert len(done) == 2
+    assert done[1] > 0.2
+    assert not waits_for_first_bucket(ddp, torch.device("cpu"))
+    assert not waits_for_first_bucket(load(["hardware=h200"]), engine.device)
+    off = load([*gpu, "parallel.ddp.release_first_bucket=false"])
+    assert not waits_for_first_bucket(off, engine.device)

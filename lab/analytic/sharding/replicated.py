@@ -25,10 +25,12 @@ class DDP(Rule):
     buckets are made anew in the order in which gradients arrived, ``bucket_cap_mb`` each (the first would be
     1 MiB only if DDP were left to its default cap; the lab passes it).
 
-    On NCCL the first backward's bucket outlives them: its all-reduce's Work holds it until the watchdog (every
+    On NCCL the first backward's bucket may outlive them: its all-reduce's Work holds it until the watchdog (every
     100 ms) has seen it done, and the main thread lets go at its next collective (ProcessGroupNCCL.cpp,
-    stashed_for_allocator_safety_). Here that is the first all-reduce of the second step; what very fast steps do
-    (keep it for another step or two) is left out.
+    stashed_for_allocator_safety_). With ``release_first_bucket`` the lab waits for the watchdog after the first step:
+    the next collective is then the broadcast of the new buckets' order (reducer.cpp, sync_bucket_indices), and the
+    old bucket goes before the new ones are made. Otherwise it is the first all-reduce of the second step here; in
+    a run the watchdog may pass earlier (a slow first optimizer step), or later (very fast steps).
     """
 
     repeats_from = 2  # the second step makes the buckets anew
@@ -81,6 +83,11 @@ class DDP(Rule):
                 left[size] = own[1:] or own
         return done + [(numel, size) for size, numel in filled.items()]
 
+    @property
+    def released(self) -> bool:
+        """Does the engine wait until the first bucket is nobody's but DDP's? transformers' Trainer has its own loop."""
+        return self.cfg.parallel.ddp.release_first_bucket and self.cfg.engine.kind != "hf_trainer"
+
     def bucket_caps(self) -> list[int]:
         """Caps in bytes of the buckets made in the second step; the last one holds for all that follow."""
         return [int(self.cfg.parallel.ddp.bucket_cap_mb * MIB)]
@@ -112,6 +119,6 @@ class DDP(Rule):
         # Reducer::rebuild_buckets runs at the second forward.
         if self.arrived and not self.rebuilt:
             self.rebuilt, self.reduced = True, 0
-            self.first_bucket = self.buckets if self.tape.trace.on_device_kernels else []
+            self.first_bucket = self.buckets if self.tape.trace.on_device_kernels and not self.released else []
             self.buckets = []
             self.buckets = self._buckets(self.arrived, self.bucket_caps())
