@@ -258,7 +258,7 @@ def _owners(replay: Replay) -> dict[int, str]:
             made[label].append(ident)
     owners: dict[int, str] = {}
     for label, idents in made.items():
-        names = [s.name for s in replay.rule.trained if _made_for(label, s, replay.cfg)]
+        names = [s.name for s in replay.rule.stepped() if _made_for(label, s, replay.cfg)]
         if len(idents) == len(names):
             owners.update(zip(idents, names, strict=True))
     return owners

@@ -98,6 +98,10 @@ class Rule:
         del norm
         self.optimizer.step(self.optimizer_parameters(), self.optimizer_shapes())
 
+    def stepped(self) -> list[ParameterSpec]:
+        """What is trained, in the order in which the optimizer comes to it."""
+        return self.trained
+
     def optimizer_parameters(self) -> list[tuple[int, int]]:
         """(elements, element size) of what the optimizer sees, in order."""
         return [(s.numel, self.itemsize_of(s)) for s in self.trained]

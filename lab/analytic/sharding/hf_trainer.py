@@ -36,13 +36,16 @@ class _Clipped(Rule):
     def optimizer_step(self) -> None:
         self.grad_norm = None
         self.grad_norm = clip_gradients(self.tape, len(self.trained), max(self.itemsize_of(s) for s in self.trained))
-        # Two groups, one after the other: with weight decay, and norms and biases without (create_optimizer).
-        for group, members in enumerate(([s for s in self.trained if len(s.shape) > 1], self._one_dimensional())):
+        for group, members in enumerate(self._groups()):
             sizes = [(s.numel, self.itemsize_of(s)) for s in members]
             self.optimizer.step(sizes, [s.shape for s in members], group=group)
 
-    def _one_dimensional(self) -> list[ParameterSpec]:
-        return [s for s in self.trained if len(s.shape) == 1]
+    def stepped(self) -> list[ParameterSpec]:
+        return [s for group in self._groups() for s in group]
+
+    def _groups(self) -> list[list[ParameterSpec]]:
+        """create_optimizer: with weight decay; norms and biases without. One is stepped after the other."""
+        return [[s for s in self.trained if (len(s.shape) > 1) is decayed] for decayed in (True, False)]
 
 
 class TrainerSingle(_Clipped, AccelerateSingle):
