@@ -35,7 +35,11 @@ def loss_of(engine: object, cfg: RunConfig) -> torch.Tensor:
 
 def test_the_inventory_is_peft_s_own() -> None:
     """Names in order, shapes, what is trained: the analytic list against the real model's parameters."""
-    for more in (["adapter=lora"], ["adapter=lora", "adapter.target_modules=[q_proj,down_proj]", "model.bias=true"]):
+    for more in (
+        ["adapter=lora"],
+        ["adapter=dora"],
+        ["adapter=lora", "adapter.target_modules=[q_proj,down_proj]", "model.bias=true"],
+    ):
         cfg = config(*more)
         engine = build(cfg, CPU)
         real = [
@@ -51,6 +55,16 @@ def test_lora_trains_what_the_paper_counts() -> None:
     assert sum(s.numel for s in trainable(cfg)) == 2 * 4 * ((128 + 128) + (352 + 128))
     trained = trainable(config("adapter=lora", "adapter.train_embeddings=true"))
     assert trained[0].name == "embedding.weight"
+
+
+def test_dora_starts_at_the_base_and_trains() -> None:
+    plain, dora = load([*TINY, "precision=fp32"]), config("adapter=dora", "optimizer.lr=0.01")
+    engine = build(dora, CPU)
+    assert loss_of(engine, dora).item() == pytest.approx(loss_of(build(plain, CPU), plain).item(), abs=1e-5)
+    before = loss_of(engine, dora)
+    engine.backward(before, last_micro_step=True)
+    engine.optimizer_step()
+    assert loss_of(engine, dora).item() < before.item()
 
 
 @pytest.mark.parametrize("more", [[], ["quantization=nf4_double"], ["adapter.train_embeddings=true"]])
