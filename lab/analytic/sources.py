@@ -76,7 +76,9 @@ SOURCES: tuple[Source, ...] = (
     _rule(".* adapter dropout mask", NAMED, "a bool per element", f"{_X} | {_Q} | {_INNER}", _PEFT, 1),
     _rule(".* adapter A", NAMED, "A's output", "b * s * r", _PEFT),
     _rule(".* adapter B input.*", NAMED, "A's output: its copy or gradient", "b * s * r", _PEFT),
-    _rule(".* (?:adapter[ ,].*|adapted(?:[ ,].*)?|clone)", NAMED, "input, output, sum or a gradient", _IN_OR_OUT, _PEFT),
+    _rule(
+        ".* (?:adapter[ ,].*|adapted(?:[ ,].*)?|clone)", NAMED, "input, output, sum or a gradient", _IN_OR_OUT, _PEFT
+    ),
     _rule(".* (?:input, (?:compute|fp16|int8).*|input row maxima|input's type)", NAMED, "input", _IN_OR_OUT, _BNB),
     _rule(".*, (?:input's type|int32|fp16)", NAMED, "output", _IN_OR_OUT, _BNB),
     _rule("flat parameters", ALL, "bit16_groups_flat", "up(psi, 2 * N)", _STAGE12),
