@@ -43,6 +43,8 @@ def assumptions(cfg: RunConfig, managed_bytes: int = 0) -> list[str]:
         )
     out += _finetuning(cfg)
     out += _hf(cfg)
+    if cfg.engine.kind == "hf_trainer":
+        out.append("Trainer: sequences of one length without padding; nothing is evaluated or saved between steps")
     if cfg.train.compile:
         out.append("train.compile=true: memory of compiled graphs is not modelled; this is the eager prediction")
     return out

@@ -48,13 +48,14 @@ class MemoryCallback:
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._close()
-        first_in_line(self)  # so that what on_log adds reaches every reporter
-        self._guarded(self._start, args, state, kwargs)
+        replaced = first_in_line(self)  # so that what on_log adds reaches every reporter
+        self._guarded(self._start, args, state, kwargs, replaced)
 
-    def _start(self, args: Any, state: Any, kwargs: dict[str, Any]) -> None:
+    def _start(self, args: Any, state: Any, kwargs: dict[str, Any], replaced: tuple[str, ...]) -> None:
         from lab.parallel.accelerate_engine import watched_backward
 
         run = self.run = TrainerRun(self.name, self.output_dir, args, state.max_steps, kwargs["model"], self.seq_len)
+        run.replaced = replaced
         run.start(kwargs["optimizer"])
         hook = kwargs["model"].register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self._patches.callback(hook.remove)

@@ -38,6 +38,7 @@ class TrainerRun:
         self.run_id = _shared_run_id(self.rank)
         self.path = Path(output_dir) / name / self.run_id
         self._write_model_config()
+        self.replaced: tuple[str, ...] = ()  # the Trainer's methods that a subclass has its own of
         self.lengths: set[int] = set()
         self.steps_begun = 0
         self.losses: dict[int, float] = {}
@@ -128,6 +129,7 @@ class TrainerRun:
     def _predict(self) -> None:
         """prediction.json before the first forward; what keeps it from being made becomes a note of the record."""
         self._predicted = True
+        self.settings.assumed += [f"{method} holds no more than transformers' own" for method in self.replaced]
         assert self.state.folder is not None
         self.state.notes += [f"assumed: {text}" for text in self.settings.assumed]
         if self.rank == 0:

@@ -53,6 +53,7 @@ def test_prediction_is_the_measurement(options: list[str], tmp_path: Path) -> No
 
     logs = [ast.literal_eval(line) for line in out.splitlines() if line.startswith("{'loss'")]
     assert len(logs) == 4
+    assert [float(entry["memory/error_percent"]) for entry in logs] == [0.0] * 4
     assert float(logs[-1]["memory/predicted_peak_gib"]) == float(logs[-1]["memory/measured_peak_gib"]) > 0
 
     shown = lab("compare", "outputs", cwd=tmp_path)
