@@ -74,6 +74,14 @@ def test_forward_and_backward_to_the_byte(family: str, more: str, tmp_path: Path
     assert predicted(cfg) == measured(cfg, tracker)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_quantized_with_adapters_to_the_byte(family: str, tmp_path: Path, tracker: StorageTracker) -> None:
+    """QLoRA; checkpointing makes the frozen embedding's output a leaf with a gradient of its own."""
+    finetuning = ["adapter=lora", "quantization=nf4", "precision=bf16_mixed", "checkpointing=full"]
+    cfg = load(hf_overrides(write_config(tmp_path, family), "hardware=cpu", *finetuning))
+    assert predicted(cfg) == measured(cfg, tracker)
+
+
 def test_parameters_are_those_of_the_model(tmp_path: Path) -> None:
     """Names, shapes and order."""
     from lab.analytic.architecture import parameters

@@ -11,9 +11,11 @@ from lab.analytic.decoder import Decoder
 from lab.analytic.families.eager import eager_attention, make_mask
 from lab.analytic.families.inventory import PREFIX, blocks_prefix, embedding_module
 from lab.analytic.families.pieces import causal_lm_loss
-from lab.analytic.tape import BF16, BOOL, FP32, INT64, Tape, Tensor
+from lab.analytic.tape import BF16, BOOL, FP32, INT64, Grads, Node, Tape, Tensor
 from lab.config import RunConfig
-from lab.vocab import AttentionBackend, MemoryCategory, Precision
+from lab.vocab import AttentionBackend, Checkpointing, MemoryCategory, Precision
+
+LEAF = 1 << 62  # sequence number of gradient accumulators, which run as soon as they are ready
 
 
 class HFDecoder(Decoder):
@@ -22,6 +24,25 @@ class HFDecoder(Decoder):
     Modules that are called with keyword arguments alone (the model, self_attn) get no hook on their input: DeepSpeed
     looks at positional arguments only.
     """
+
+    def _require_gradient(self, embedded: Tensor) -> Tensor:
+        """transformers' gradient checkpointing makes the embedding's output require one (enable_input_require_grads).
+
+        With a frozen embedding it is a leaf then: it and its gradient stay as long as the graph, until the loss goes.
+        """
+        if embedded.node is not None or self.cfg.checkpointing.kind is Checkpointing.NONE:
+            return embedded
+        held = self.ops.tape.held_by_graph
+
+        def accumulate(grads: Grads) -> Grads:
+            assert grads[0] is not None
+            held.append(grads[0].view())
+            return []
+
+        embedded.node = Node(self.ops.tape, [], accumulate)
+        embedded.node.seq = LEAF
+        held.append(embedded.view())
+        return embedded
 
     def _positions(self) -> Tensor:
         """torch.arange(s) + 0."""

@@ -32,7 +32,7 @@ class GPT2(HFDecoder):
     def model(self) -> Tensor:
         name, hf = f"{PREFIX}transformer", self.cfg.model.hf
         self.hooks.enter_source(name)
-        embedded = self._embedding(embedding_module(self.cfg.model), self.rows)
+        embedded = self._require_gradient(self._embedding(embedding_module(self.cfg.model), self.rows))
         positions = self._positions()
         position = self._embedding(f"{name}.wpe", self.cfg.train.seq_len, positions)
         x = self.ops.add(embedded, position, "embedding sum", broadcast=True)

@@ -25,7 +25,7 @@ class Llama(HFDecoder):
     def model(self) -> Tensor:
         name = f"{PREFIX}model"
         self.hooks.enter_source(name)
-        x = self._embed()
+        x = self._require_gradient(self._embed())
         positions = self._positions()
         mask = self._mask(x.itemsize)
         self.hooks.enter_source(f"{name}.rotary_emb")
