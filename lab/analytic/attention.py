@@ -259,6 +259,33 @@ def math(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout: 
     return out
 
 
+def in_heads(
+    ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, backend: AttentionBackend
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x.view(b, s, n, d).transpose(1, 2) of each. Backward: a copy, where the gradient's heads lie one after another.
+
+    Eager and math leave gradients [b, n, s, d] in memory, but that of the key [b, n, d, s], which needs no copy to be
+    seen as [b, s, n * d], unless repeated heads were summed. Fused kernels write [b, s, n, d].
+    """
+    if backend not in WRITTEN_OUT:
+        return q, k, v
+    q = _gradient_copied(ops, q, "query")
+    if a.n != a.k:
+        k = _gradient_copied(ops, k, "key")
+    return q, k, _gradient_copied(ops, v, "value")
+
+
+def flattened_key(ops: Ops, k: Tensor, a: AttentionShape, backend: AttentionBackend) -> Tensor:
+    """The key as its Linear gave it. Backward: the gradient, [b, n, d, s] in memory, as rows: a copy, unless b is 1."""
+    copied = backend in WRITTEN_OUT and a.n == a.k and a.b > 1
+    return _gradient_copied(ops, k, "key") if copied else k
+
+
+def _gradient_copied(ops: Ops, x: Tensor, label: str) -> Tensor:
+    numel, size, tape = x.numel, x.itemsize, ops.tape
+    return x.view(node=tape.node([x], lambda _: [tape.new(numel, size, label + " gradient, contiguous")]))
+
+
 def attention(
     ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, backend: AttentionBackend, dropout: float
 ) -> Tensor:

@@ -10,7 +10,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from lab.analytic.attention import AttentionShape, autocast_attention, choose_backend, contiguous
+from lab.analytic.attention import (
+    AttentionShape,
+    autocast_attention,
+    choose_backend,
+    contiguous,
+    flattened_key,
+    in_heads,
+)
 from lab.analytic.checkpoint import checkpoint
 from lab.analytic.linears import Linears
 from lab.analytic.losses import cross_entropy, cross_entropy_without_upcast, in_place_cross_entropy
@@ -52,9 +59,7 @@ class Decoder:
             precision = Precision.FP32  # upcast beside a quantized base: fp32 between the quantized products
         self.compute_itemsize = FP32 if precision is Precision.FP32 else BF16
         self.composite_rmsnorm = m.norm == "rmsnorm" and cfg.hardware.device_type == "cpu"
-        self.backend = choose_backend(
-            cfg.attention.backend, cfg.hardware.device_type, precision, self.shape, m.dropout
-        )
+        self.backend = choose_backend(cfg.attention.backend, cfg.hardware.device_type, precision, self.shape, m.dropout)
 
     def _linear(self, x: Tensor, name: str, label: str, rows: int | None = None) -> Tensor:
         return self.linears(x, name, label, rows or self.rows)
@@ -98,7 +103,7 @@ class Decoder:
         return self.hooks.leave(prefix, self._attention_forward(x, prefix))
 
     def _attention_forward(self, x: Tensor, prefix: str) -> Tensor:
-        q, k, v = self._project(x, prefix)
+        q, k, v = in_heads(self.ops, *self._project(x, prefix), self.shape, self.backend)
         if self.cfg.model.position == "rope":
             q = self.ops.rope(q, "query")
             k = self.ops.rope(k, "key")
@@ -113,6 +118,7 @@ class Decoder:
             return q, k, v
         q = self._linear(x, f"{prefix}.q_proj", "query")
         k = self._linear(x, f"{prefix}.k_proj", "key")
+        k = flattened_key(self.ops, k, self.shape, self.backend)
         return q, k, self._linear(x, f"{prefix}.v_proj", "value")
 
     def _mlp(self, x: Tensor, prefix: str) -> Tensor:

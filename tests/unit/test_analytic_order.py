@@ -37,7 +37,7 @@ def large_blocks(events: list[Event]) -> list[int]:
     return out + sorted(freed, reverse=True)
 
 
-@pytest.mark.parametrize("name", ["checkpointing", "ddp"])
+@pytest.mark.parametrize("name", ["checkpointing", "ddp", "math"])
 def test_order_of_a_real_run(name: str) -> None:
     recorded = json.loads(gzip.decompress((DATA / f"large_blocks_{name}.json.gz").read_bytes()))
     replay = Replay(load(recorded["overrides"]))
