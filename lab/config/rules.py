@@ -174,7 +174,7 @@ def _strategy(cfg: RunConfig) -> None:
         raise ConfigError(
             "optimizer",
             cfg.optimizer.kind,
-            "bitsandbytes' update has no sharding strategy for DTensor, FSDP2's parameters; use parallel=zero2 or zero3",
+            "bitsandbytes' update has no sharding rule for DTensor, FSDP2's parameters; use parallel=zero2 or zero3",
         )
     if strategy.is_fsdp and cfg.optimizer.kind == "adafactor":
         raise ConfigError(
