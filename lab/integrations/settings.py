@@ -98,6 +98,8 @@ def _strategy(facts: Facts, out: Settings) -> str:
     strategy = f"zero{stage}" if facts.distributed_type == "DEEPSPEED" and stage else "fsdp"
     strategy = _STRATEGIES.get(facts.distributed_type, strategy)
     out.overrides.append(f"parallel={strategy}")
+    if strategy == "ddp":  # the lab's own pause after the first step; a Trainer makes none
+        out.overrides.append("parallel.ddp.release_first_bucket=false")
     if strategy == "fsdp":
         out.missing.append(f"{facts.distributed_type} through a Trainer is not modelled")
     if strategy.startswith("zero"):
