@@ -221,7 +221,7 @@ def test_a_partition_that_the_kernels_cannot_count_is_refused() -> None:
             ["optimizer=adamw_8bit", "parallel=fsdp", "world_size=2"],
             "optimizer=adamw_8bit: bitsandbytes' update has no",
         ),
-        (["optimizer=lion_8bit", "parallel=hsdp", "world_size=2"], "no sharding strategy for DTensor"),
+        (["optimizer=lion_8bit", "parallel=hsdp", "world_size=2"], "no sharding rule for DTensor"),
         (["optimizer=adafactor", "parallel=fsdp_grad_op"], "squares norms in place, which DTensor"),
         (["optimizer=adafactor", "optimizer.implementation=fused"], "torch.optim.Adafactor has none"),
         (["optimizer=lion_8bit", "optimizer.implementation=foreach"], "bitsandbytes' one kernel per tensor"),
