@@ -22,7 +22,7 @@ measure   what measure=counters costs per step: blocks of steps with and without
 predict   milliseconds of one prediction, warm: 1b and 7b, per strategy, the allocated level alone and with the
           allocator's simulation; and of `lab predict` as a command
 
-  lab benchmark speed model=125m train.micro_batch_size=16 train.seq_len=1024 train.steps=60
+  lab benchmark speed model=125m train.micro_batch_size=16 train.seq_len=1024 train.steps=60 loss=no_upcast
   lab benchmark speed model=125m train.micro_batch_size=16 train.seq_len=1024 train.steps=60 train.compile=true
   lab benchmark measure model=125m train.micro_batch_size=16 train.seq_len=1024
   lab benchmark predict
