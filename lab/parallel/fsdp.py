@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lab.config import RunConfig
@@ -64,8 +64,8 @@ class FSDPEngine(TorchStep):
         for parameter in self.model.parameters():  # whole ones, in units that are gathered now
             if not isinstance(parameter, DTensor):
                 yield MemoryCategory.GATHERED_PARAMETERS, parameter.data
-                if parameter.grad is not None:
-                    yield MemoryCategory.GRADIENTS, parameter.grad
+        for gradient in whole_gradients(self.model):
+            yield MemoryCategory.GRADIENTS, gradient
         for tensor in optimizer_state_tensors(self.optimizer, self.device):
             yield MemoryCategory.OPTIMIZER_STATES, _local(tensor)
         yield from cached_tensors(self.model)
@@ -78,6 +78,22 @@ class FSDPEngine(TorchStep):
         self.drop_states()
         self.shards = []
         self.model = nn.Module()
+
+
+def whole_gradients(model: nn.Module) -> Iterator[Tensor]:
+    """Gradients that are not reduced yet, of every unit, gathered or not: ``no_sync`` keeps them over micro-steps.
+
+    The model's parameters show those of gathered units only. Source: torch/distributed/fsdp/_fully_shard (2.11 and
+    2.13), _fsdp_param.py: ``_unsharded_param``, made by the first all-gather, keeps its ``.grad``;
+    ``unsharded_accumulated_grad`` takes its place where gradients are reduced in another dtype.
+    """
+    for unit in model.modules():
+        group = unit._get_fsdp_state()._fsdp_param_group if isinstance(unit, FSDPModule) else None
+        for member in group.fsdp_params if group else ():
+            whole = getattr(member, "_unsharded_param", None)
+            for gradient in (member.unsharded_accumulated_grad, whole.grad if whole is not None else None):
+                if gradient is not None:
+                    yield _local(gradient)
 
 
 def _shard(cfg: RunConfig, model: nn.Module, device: torch.device, materialised: bool) -> nn.Module:

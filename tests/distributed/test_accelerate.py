@@ -67,3 +67,6 @@ def test_fsdp2(tmp_path: Path) -> None:
     records = list(read_records([tmp_path / "outputs"]))
     assert len(records) == 1, done.stdout + done.stderr
     compare(configuration(overrides), records[0][1])
+    for reading in (r for rank in records[0][1].ranks for r in rank.steps[-1].phases.values()):
+        assert reading.ledger  # whole gradients too, which units keep while they are resharded
+        assert reading.unattributed_bytes <= 32  # a few scalars, on a GPU run the host's
