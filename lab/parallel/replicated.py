@@ -25,6 +25,7 @@ from lab.transforms.precision import autocast
 from lab.vocab import MemoryCategory, Strategy
 
 WATCHDOG_SECONDS = 0.1  # torch 2.11, ProcessGroupNCCL.hpp, kWatchdogThreadSleepMillis
+WATCHDOG_PERIODS = 10  # a busy host delays the watchdog's thread: 3 have been too few there
 
 
 class ReplicatedEngine(TorchStep):
@@ -71,7 +72,7 @@ class ReplicatedEngine(TorchStep):
         waits, self._first_bucket = self._first_bucket, False
         if waits:
             torch.cuda.synchronize(self.device)
-            time.sleep(3 * WATCHDOG_SECONDS)
+            time.sleep(WATCHDOG_PERIODS * WATCHDOG_SECONDS)
 
     def live_tensors(self) -> Iterator[LiveTensor]:
         yield from parameters_and_gradients(self.decoder.parameters())

@@ -252,7 +252,7 @@ def test_progress_prints_the_last_step_on_rank_0_only() -> None:
 
 
 def test_ddp_waits_once_for_its_first_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Longer than NCCL's watchdog sleeps, and after the device is done."""
+    """Much longer than NCCL's watchdog sleeps, and after the device is done."""
     done: list[float] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append(0.0))
     monkeypatch.setattr("time.sleep", done.append)
@@ -265,7 +265,7 @@ def test_ddp_waits_once_for_its_first_bucket(monkeypatch: pytest.MonkeyPatch) ->
     engine.release_first_bucket()
     assert done[0] == 0.0
     assert len(done) == 2
-    assert done[1] > 0.2
+    assert done[1] >= 1.0
     assert not waits_for_first_bucket(ddp, torch.device("cpu"))
     assert not waits_for_first_bucket(load(["hardware=h200"]), engine.device)
     off = load([*gpu, "parallel.ddp.release_first_bucket=false"])
