@@ -27,14 +27,18 @@ _ONLY_WHERE: dict[str, tuple[str, tuple[str, ...]]] = {
     "optimizer.eps": ("optimizer.kind", ("adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")),
     "optimizer.min_8bit_size": ("optimizer.kind", ("adamw_8bit", "paged_adamw_8bit", "lion_8bit")),
     "optimizer.implementation": ("optimizer.kind", ("adamw", "sgd", "adafactor")),
+    "quantization.block_size": ("quantization.kind", ("fp4", "nf4", "nf4_double")),
+    "quantization.compute_dtype": ("quantization.kind", ("int8", "fp4", "nf4", "nf4_double")),
+    "quantization.storage_dtype": ("quantization.kind", ("fp4", "nf4", "nf4_double")),
+    "quantization.skip_modules": ("quantization.kind", ("int8", "fp4", "nf4", "nf4_double")),
     "parallel.ddp.": ("parallel.strategy", ("ddp",)),
     "parallel.zero.stage3": ("parallel.strategy", ("zero3",)),
     "parallel.zero.": ("parallel.strategy", ("zero1", "zero2", "zero3")),
     "parallel.fsdp.shard_size": ("parallel.strategy", ("hsdp",)),
     "parallel.fsdp.": ("parallel.strategy", ("fsdp", "fsdp_grad_op", "hsdp")),
 }
-# Overrides that do not say what a run is: the study, and where its output goes.
-_NOT_SETTINGS = ("experiment", "tracker", "launch", "name")
+# Overrides that do not say what a run is: the study, where its output goes, and the row of the GPU that it ran on.
+_NOT_SETTINGS = ("experiment", "tracker", "launch", "name", "hardware")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
