@@ -11,7 +11,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -212,33 +212,36 @@ def to_json(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    """Field -> type of a dataclass; resolving the names takes longer than everything else in reading a record."""
-    return typing.get_type_hints(cls)
-
-
 def from_json(cls: Any, tree: Any) -> Any:
     """Inverse of ``to_json`` for a type of this module. Unknown keys are ignored (newer writers)."""
-    if isinstance(cls, types.UnionType):
-        if tree is None:
-            return None
-        return from_json(next(a for a in typing.get_args(cls) if a is not type(None)), tree)
+    read = _reader(cls)
+    return tree if read is None else read(tree)
+
+
+@functools.cache
+def _reader(cls: Any) -> Callable[[Any], Any] | None:
+    """JSON -> ``cls``, found once per type: a record has thousands of values. None: JSON has it as it is."""
     origin, args = typing.get_origin(cls), typing.get_args(cls)
+    if isinstance(cls, types.UnionType):
+        read = _reader(next(a for a in args if a is not type(None)))
+        return read and (lambda tree: None if tree is None else read(tree))
     if origin is list:
-        return [from_json(args[0], v) for v in tree]
+        item = _reader(args[0])
+        return list if item is None else lambda tree: [item(v) for v in tree]
     if origin is dict:
-        return {(args[0](k) if issubclass(args[0], Enum) else k): from_json(args[1], v) for k, v in tree.items()}
+        key, value = args[0] if issubclass(args[0], Enum) else _same, _reader(args[1]) or _same
+        return lambda tree: {key(k): value(v) for k, v in tree.items()}
     if cls is MemoryBreakdown:
-        return MemoryBreakdown.of(tree)
+        return MemoryBreakdown.of
     if isinstance(cls, type) and dataclasses.is_dataclass(cls):
-        hints = _hints(cls)
-        return cls(
-            **{f.name: from_json(hints[f.name], tree[f.name]) for f in dataclasses.fields(cls) if f.name in tree}
-        )
-    if isinstance(cls, type) and issubclass(cls, Enum):
-        return cls(tree)
-    return tree
+        hints = typing.get_type_hints(cls)
+        fields = [(f.name, _reader(hints[f.name]) or _same) for f in dataclasses.fields(cls)]
+        return lambda tree: cls(**{name: read(tree[name]) for name, read in fields if name in tree})
+    return cls if isinstance(cls, type) and issubclass(cls, Enum) else None
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def write_json_atomic(path: Path, tree: Any) -> None:

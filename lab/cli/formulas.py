@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lab.analytic import predict
 from lab.analytic.published import FORMULAS, Formula
+from lab.cli.predictions import predicted
 from lab.compare import residuals
 from lab.config import ConfigError, RunConfig, run_config_from_json
 from lab.record import Residual, RunRecord
@@ -74,7 +74,7 @@ def evaluate(
         if record.status is not RunStatus.OK or record.steady_step is None:
             continue
         cfg = today(run_config_from_json(record.config))
-        measured = {r.where: r for r in residuals(predict(cfg), record.ranks) if r.level == MemoryLevel.ALLOCATED}
+        measured = {r.where: r for r in residuals(predicted(cfg), record.ranks) if r.level == MemoryLevel.ALLOCATED}
         for formula in formulas:
             for quantity, function in ((PEAK, formula.peak), (formula.part_name, formula.part)):
                 found = _of(quantity, measured)

@@ -11,6 +11,7 @@ from lab.analytic.boundary import TIGHT_BYTES, least_limit_bytes, replayed
 from lab.analytic.curve import memory_curve
 from lab.cli.arguments import Parser
 from lab.cli.points import Point, study_points
+from lab.cli.predictions import predicted
 from lab.config import RunConfig, load
 from lab.curve import write_curve
 from lab.record import Moment, Prediction, StepPrediction
@@ -57,7 +58,7 @@ def points_text(points: Sequence[Point]) -> str:
         if point.cfg is None:
             rows.append([label, f"invalid: {point.reason}", "-", "-"])
         else:
-            steady = predict(point.cfg).steady
+            steady = predicted(point.cfg).steady
             levels = (steady.allocated_bytes, steady.reserved_bytes, steady.device_used_bytes)
             rows.append([label, *(gib_text(v) for v in levels)])
     note = "Predicted peak of the steady step, maximum across all GPUs (ranks); GiB = 2^30 bytes."

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lab.cli.arguments import Parser
+from lab.cli.predictions import predictions_kept
 from lab.config import ConfigError
 from lab.report.marked import remake
 
@@ -28,25 +29,29 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--check", action="store_true", help="only look")
     arguments = parser.parse(argv)
     pages = [Path(p).resolve() for p in arguments.pages] or [ROOT / "README.md", *ROOT.glob("experiments/*/README.md")]
-    stale = 0
-    for page in sorted(pages):
-        if not page.is_file():
-            raise ConfigError("FILE", page, "no such file")
-        text = page.read_text(encoding="utf-8")
-        try:
-            new, tables = remake(text, printed)
-        except ValueError as error:
-            raise ConfigError("FILE", page, str(error)) from None
-        changed = [t for t in tables if t.stale]
-        stale += len(changed)
-        for table in changed:
-            print(f"{page}: {'stale' if arguments.check else 'made anew'}: {table.command}")
-        if not arguments.check and new != text:
-            page.write_text(new, encoding="utf-8")
+    with predictions_kept():  # several tables, also of several pages, show the same records
+        stale = sum(_page(page, arguments.check) for page in sorted(pages))
     if arguments.check and stale:
         print(f"lab: {stale} stale; `lab tables` makes them anew", file=sys.stderr)
         return 1
     return 0
+
+
+def _page(page: Path, only_look: bool) -> int:
+    """One page's tables made anew, and written unless ``only_look``; how many were stale."""
+    if not page.is_file():
+        raise ConfigError("FILE", page, "no such file")
+    text = page.read_text(encoding="utf-8")
+    try:
+        new, tables = remake(text, printed)
+    except ValueError as error:
+        raise ConfigError("FILE", page, str(error)) from None
+    changed = [t for t in tables if t.stale]
+    for table in changed:
+        print(f"{page}: {'stale' if only_look else 'made anew'}: {table.command}")
+    if not only_look and new != text:
+        page.write_text(new, encoding="utf-8")
+    return len(changed)
 
 
 def printed(arguments: Sequence[str]) -> str:

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lab.analytic import predict
 from lab.analytic.published import FORMULAS
 from lab.cli.arguments import Parser
 from lab.cli.formulas import show
+from lab.cli.predictions import predicted
 from lab.compare import comparison_row, residuals
 from lab.config import ConfigError, HardwareConfig, RunConfig, load, run_config_from_json
 from lab.record import Prediction, Residual, RunRecord
@@ -122,7 +122,7 @@ def check(records: Iterable[tuple[str, RunRecord]], recorded: bool = False) -> I
         if record.status is not RunStatus.OK or record.steady_step is None:
             continue
         cfg = run_config_from_json(record.config)
-        prediction: Prediction | None = record.prediction if recorded else predict(_with_todays_hardware(cfg))
+        prediction: Prediction | None = record.prediction if recorded else predicted(_with_todays_hardware(cfg))
         if prediction is None:
             continue
         found = residuals(prediction, record.ranks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -18,7 +19,7 @@ def build(cls: type, tree: Any, path: str = "") -> Any:
     """Mapping -> ``cls``. Raises ConfigError for a key or value that does not fit, named by its dotted ``path``."""
     if not isinstance(tree, Mapping):
         raise ConfigError(path, tree, f"expected {expected(cls)}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     prefix = f"{path}." if path else ""
     for key in tree:
@@ -30,6 +31,12 @@ def build(cls: type, tree: Any, path: str = "") -> Any:
         if required and name not in tree:
             raise ConfigError(prefix + name, None, f"missing; expected {expected(hints[name])}")
     return cls(**{k: _convert(v, hints[k], prefix + k) for k, v in tree.items()})
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """Field -> type of a dataclass. Resolving the names takes longer than everything else here."""
+    return typing.get_type_hints(cls)
 
 
 def _convert(value: Any, kind: Any, path: str) -> Any:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from lab.analytic import predict
+from lab.cli.main import main
+from lab.cli.predictions import predicted, predictions_kept
 from lab.cli.validate import PointError, _with_todays_hardware, validate
 from lab.config import RunConfig, run_config_from_json
 from lab.track.bundle import read_records
@@ -17,6 +19,13 @@ from lab.vocab import RunStatus
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 BUNDLES = ("h200_matrix", "h200_blind")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _each_configuration_once() -> Iterator[None]:
+    """The tests here ask for the same records again and again."""
+    with predictions_kept():
+        yield
 
 
 @cache
@@ -87,7 +96,7 @@ def ddp_records() -> list[tuple[RunConfig, int]]:
 
 def reserved_bytes(cfg: RunConfig, release: bool) -> int:
     ddp = replace(cfg.parallel.ddp, release_first_bucket=release)
-    return predict(replace(cfg, parallel=replace(cfg.parallel, ddp=ddp))).steady.reserved_bytes
+    return predicted(replace(cfg, parallel=replace(cfg.parallel, ddp=ddp))).steady.reserved_bytes
 
 
 def test_ddps_first_bucket_goes_early_or_late() -> None:
@@ -98,3 +107,8 @@ def test_ddps_first_bucket_goes_early_or_late() -> None:
         assert (released if cfg.parallel.ddp.release_first_bucket else min(released, held)) <= 0.01
         early += released < held
     assert early >= 5
+
+
+def test_the_readmes_tables_are_what_their_commands_print() -> None:
+    """Records and formulas are today's: `lab tables` makes the pages agree again."""
+    assert main(["tables", "--check"]) == 0
