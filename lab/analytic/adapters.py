@@ -1,6 +1,6 @@
-"""LoRA and DoRA beside frozen Linears, as peft computes them: their parameters, and what a forward keeps.
+"""LoRA beside frozen Linears as peft computes it, DoRA's parameters (``dora``: its forward), and what merging takes.
 
-Source: peft 0.21, tuners/lora/layer.py (Linear), bnb.py (Linear4bit, Linear8bitLt), dora.py, variants.py. The adapter's
+Source: peft 0.21, tuners/lora/layer.py (Linear), bnb.py (Linear4bit, Linear8bitLt), variants.py. The adapter's
 weights are fp32 (autocast_adapter_dtype), so its input is cast to fp32 where it is not (the bitsandbytes layers
 leave that to CUDA's autocast). A frozen base keeps nothing of its own; the adapter keeps its dropped-out input.
 """

@@ -11,6 +11,7 @@ kernel from the forward; the recomputation takes them from there instead of runn
 from __future__ import annotations
 
 from collections.abc import Callable
+from weakref import ref
 
 from lab.analytic.ops import Ops
 from lab.analytic.tape import Node, Tensor
@@ -22,10 +23,14 @@ class _Stop(Exception):
 
 
 class Region:
-    """One checkpointed call: which node needs how many saved tensors, and what a selective policy kept."""
+    """One checkpointed call: which node needs how many saved tensors, and what a selective policy kept.
+
+    Nodes are held weakly, as the frame there holds its placeholders: a graph that the region itself drops (DoRA's
+    weight update) gets nothing handed out.
+    """
 
     def __init__(self, selective: bool) -> None:
-        self.owners: list[Node] | None = []
+        self.owners: list[ref[Node]] | None = []
         self.kept: list[Tensor] | None = [] if selective else None
         self.replaying = False
 
@@ -42,7 +47,7 @@ def checkpoint(ops: Ops, run: Callable[[Tensor], Tensor], x: Tensor, selective: 
 
     def pack(node: Node, tensor: Tensor) -> None:
         assert region.owners is not None
-        region.owners.append(node)
+        region.owners.append(ref(node))
         node.unpack = unpack
 
     def unpack() -> None:
@@ -68,12 +73,16 @@ def _recompute(
     owners = region.owners
     assert owners is not None
     region.owners = None
-    made: list[Tensor] = []
+    made: list[Tensor | None] = []
 
     def pack(node: Node, tensor: Tensor) -> None:
         if tensor.storage.category is MemoryCategory.TEMPORARIES:
             tensor.storage.move(MemoryCategory.ACTIVATIONS)
-        made.append(tensor.view())
+        if owners[len(made)]() is None:
+            node.saved.append(tensor.view())  # this run's own graph holds it, until the region drops that one too
+            made.append(None)
+        else:
+            made.append(tensor.view())
         if len(made) == len(owners):
             raise _Stop
 
@@ -90,6 +99,8 @@ def _recompute(
     finally:
         tape.pack, ops.cast_cache, ops.amp, ops.region = outer
         tape.restore_seq(seq)
-    for node, tensor in zip(owners, made, strict=True):
-        node.saved.append(tensor)
+    for owner, tensor in zip(owners, made, strict=True):
+        node = owner()
+        if node is not None and tensor is not None:
+            node.saved.append(tensor)
     made.clear()

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Protocol
 
 from lab.analytic.adapters import lora
+from lab.analytic.dora import MAGNITUDE, DoraLayer, dora
 from lab.analytic.ops import Ops, Parameter
 from lab.analytic.quantization import compute_itemsize, linear_4bit, linear_int8
 from lab.analytic.tape import Tensor
@@ -48,15 +49,22 @@ class Linears:
             y = self.hooks.enter(f"{name}.base_layer", y)
             return self.hooks.leave(f"{name}.base_layer", self._base(y, name, label, rows, plain))
 
-        def adapter(leaf: str, y: Tensor) -> Tensor:
+        def adapter(leaf: str, y: Tensor, count: int, out_label: str) -> Tensor:
             module = f"{name}.lora_{leaf}"
             y = self.hooks.enter(module, y)
-            out = self.ops.linear(y, self.p[f"{module}.weight"], None, rows, f"{label} adapter {leaf}")
+            out = self.ops.linear(y, self.p[f"{module}.weight"], None, count, out_label)
             return self.hooks.leave(module, out)
 
+        down, up, dropout = partial(adapter, "A"), partial(adapter, "B"), self.cfg.adapter.dropout
+        magnitude, bias = self.p.get(f"{name}{MAGNITUDE}.weight"), self.p.get(f"{name}.bias")
+        if magnitude is not None:
+            columns = self.p[f"{name}.lora_A.weight"].shape[1]
+            layer = DoraLayer(weight, bias, magnitude, down, up, columns, rows, itemsize, label, dropout)
+            return dora(self.ops, layer, base, x)
         kind = weight.quantized.kind if weight.quantized else ""
-        down, up = partial(adapter, "A"), partial(adapter, "B")
-        return lora(self.ops, base, down, up, x, itemsize, label, self.cfg.adapter.dropout, kind)
+        down = partial(down, count=rows, out_label=f"{label} adapter A")
+        up = partial(up, count=rows, out_label=f"{label} adapter B")
+        return lora(self.ops, base, down, up, x, itemsize, label, dropout, kind)
 
     def _base(self, x: Tensor, name: str, label: str, rows: int, plain: Plain | None) -> Tensor:
         if plain is not None:

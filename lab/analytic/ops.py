@@ -245,7 +245,7 @@ class Ops:
         if self.amp is not None:
             x = self.cast(x, self.amp, label + " input, autocast copy")
         out_features, in_features = w.shape
-        size, tape, ops = x.itemsize, self.tape, self
+        size, tape, ops, name = x.itemsize, self.tape, self, w.name  # not w itself: backward keeps no weight
         category = LOSS if label == "logits" else MemoryCategory.TEMPORARIES
         # weight.t() is a node between the product and the weight: its gradient waits there for its turn.
         turned = Tensor(weight.storage, weight.numel, size, tape.node([weight], lambda g: [viewed(g[0])]))
@@ -257,12 +257,12 @@ class Ops:
             if bias_size and needs_x:
                 gx = tape.new(numel_x, size, label + " input gradient")
             if needs_w:
-                gw = tape.new(out_features * in_features, size, f"gradient of {w.name}")
+                gw = tape.new(out_features * in_features, size, f"gradient of {name}")
             ops.matmul_workspace("backward", lt=False)
             if not bias_size and needs_x:
                 gx = tape.new(numel_x, size, label + " input gradient")
             if needs_b:
-                gb = tape.new(out_features, size, f"gradient of {w.name} bias")
+                gb = tape.new(out_features, size, f"gradient of {name} bias")
                 ops.column_sum(rows, out_features)
             return [viewed(gx), gw, gb]
 

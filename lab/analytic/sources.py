@@ -51,6 +51,7 @@ _P, _HELD = "up(psi, 2 * N) // N", "w | cdiv(w0, G) * w1"
 _PACKED = "cdiv(w, 2) | cdiv(w, 4) | cdiv(w, 8) | cdiv(cdiv(w, 2), G) | cdiv(cdiv(w, 4), G) | cdiv(cdiv(w, 8), G)"
 _BLOCKS, _NESTED = "cdiv(w, Q)", "cdiv(cdiv(w, Q), 256)"
 _BNB, _PEFT = "bitsandbytes functional.py, autograd/_functions.py", "peft tuners/lora/layer.py, bnb.py"
+_DORA, _SQUARES = "peft tuners/lora/dora.py, variants.py", "w1 * w1 | w1 * r | w0 * w0 | w0 * r"  # Conv1D: [in, out]
 _Q, _KV, _SQUARE, _X, _INNER = "b * s * n * d", "b * s * k * d", "b * n * s * s", "b * s * h", "b * s * f"
 _IN_OR_OUT = f"{_X} | {_Q} | {_KV} | {_INNER} | b * s * (n + 2 * k) * d | b * s"
 
@@ -73,6 +74,17 @@ SOURCES: tuple[Source, ...] = (
     _rule("dequantized absmax|absmax to be quantized|absmax minus its mean", ALL, "fp32 maxima", "", _BNB, 4),
     _rule("row scales", ALL, "row maxima over 127", "", _BNB, 4),
     # -- adapters ------------------------------------------------------------------------------------
+    _rule(f"DoRA (?:identity|A) of {_PARAM}(?: input.*)?", NAMED, "identity [in, in]; A of it", _SQUARES, _DORA),
+    _rule(
+        f"DoRA (?:update|base|scaled update|adapted weight) of {_PARAM}(?:[ ,].*)?",
+        NAMED,
+        "the weight, B A, or their sum, for its rows' norms",
+        "w | w1 * r | w0 * r",
+        _DORA,
+    ),
+    _rule(f"DoRA (?:norm|ratio.*) of {_PARAM}", NAMED, "a number per output", "w0 | w1", _DORA),
+    _rule(f"DoRA .* of {_PARAM} summed gradient", NAMED, "of the magnitudes over the norms", "w0 | w1", _DORA),
+    _rule(f"DoRA .* of {_PARAM}(?:[ ,].*)?", NAMED, "input or output", "b * s * w0 | b * s * w1", _DORA),
     _rule(".* adapter dropout mask", NAMED, "a bool per element", f"{_X} | {_Q} | {_INNER}", _PEFT, 1),
     _rule(".* adapter A", NAMED, "A's output", "b * s * r", _PEFT),
     _rule(".* adapter B input.*", NAMED, "A's output: its copy or gradient", "b * s * r", _PEFT),
@@ -104,7 +116,7 @@ SOURCES: tuple[Source, ...] = (
         "accumulated gradient",
         NAMED,
         "sum of two gradients",
-        f"{_X} | {_Q} | {_KV} | {_INNER} | v * h | s * h | c * h | 1",
+        f"{_X} | {_Q} | {_KV} | {_INNER} | v * h | s * h | c * h | 1 | h | n * d | k * d | f | (n + 2 * k) * d",
     ),
     _rule("FSDP sharded gradient", NAMED, "reduce-scatter's output, one unit", "U", _FSDP),
     _rule("grads_in_partition", ALL, "whole size of the parameters that overlap the partition", "", _STAGE12),

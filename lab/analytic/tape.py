@@ -136,7 +136,10 @@ Backward = Callable[[Grads], Grads]
 class Node:
     """One autograd node: ``backward`` maps output gradients to input gradients, then ``saved`` is dropped."""
 
-    __slots__ = ("attributes", "backward", "buffer", "deps", "edges", "hooks", "num_slots", "saved", "seq", "unpack")
+    __slots__ = (
+        *("__weakref__", "attributes", "backward", "buffer", "deps", "edges", "hooks", "num_slots", "saved", "seq"),
+        "unpack",
+    )
 
     def __init__(
         self,

@@ -78,7 +78,8 @@ def initial_value(slot: Slot, seed: int, num_layers: int, device: torch.device) 
     if slot.stored is not None:  # cast on the host, so that the device never holds both types
         return torch.empty(shape, dtype=slot.parameter.dtype, device=device).copy_(slot.stored())
     if slot.base is not None:  # the adapter itself adds nothing yet: the norms are those of the base
-        base: Tensor = torch.linalg.norm(initial_value(slot.base, seed, num_layers, device), dim=1)
+        inputs = 0 if type(slot.base.places[0][0]).__name__ == "Conv1D" else 1
+        base: Tensor = torch.linalg.norm(initial_value(slot.base, seed, num_layers, device), dim=inputs)
         return base
     if isinstance(module, (nn.RMSNorm, nn.LayerNorm)) or "RMSNorm" in kind:
         ones = leaf == "weight" and kind != "GemmaRMSNorm"  # which adds one itself

@@ -89,7 +89,7 @@ def _dora_without_values(peft: Any) -> Iterator[None]:
     original = dora.dequantize_module_weight
 
     def shaped(module: Any) -> Tensor:
-        return torch.empty(module.out_features, module.in_features, dtype=torch.float32, device="meta")
+        return torch.empty(module.weight.shape, dtype=torch.float32, device="meta")
 
     dora.dequantize_module_weight = shaped
     try:

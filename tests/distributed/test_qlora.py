@@ -23,6 +23,12 @@ MORE = [
     ["adapter=lora", "precision=fp32", "quantization=nf4", "quantization.compute_dtype=bf16", "model.tied_head=true"],
     [*LORA, *GPT2, "adapter.train_embeddings=true"],
     ["adapter=lora", "precision=bf16_pure", "quantization=int8"],
+    ["adapter=dora", "precision=bf16_mixed"],
+    ["adapter=dora", "precision=bf16_mixed", "checkpointing=full"],
+    ["adapter=dora", "precision=bf16_mixed", "adapter.dropout=0.0", "model.bias=true", "checkpointing=selective"],
+    ["adapter=dora", "precision=bf16_pure"],
+    ["adapter=dora", "precision=bf16_pure", "adapter.dropout=0.0", "checkpointing=full"],
+    ["adapter=dora", "adapter.target_modules=[o_proj,up_proj]", "train.gradient_accumulation_steps=2"],
 ]
 
 

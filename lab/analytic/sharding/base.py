@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lab.analytic.architecture import ParameterSpec
+from lab.analytic.dora import MAGNITUDE
 from lab.analytic.make_optimizer import make_optimizer
 from lab.analytic.ops import Parameter, Quantized
 from lab.analytic.optimizers import Shape, clip_gradients
@@ -75,10 +76,21 @@ class Rule:
     def materialise(self, spec: ParameterSpec) -> tuple[Tensor, Quantized | None]:
         """parallel/materialise.py: drawn in fp32, then cast; a weight to be quantized is cast to the compute dtype."""
         size = compute_itemsize(self.cfg.quantization) if spec.quantized else self.itemsize_of(spec)
+        drawn = self._drawn_base(spec)
         tensor = self.tape.new(spec.numel, FP32, spec.name, PARAMETERS)
+        del drawn
         if size != FP32:
             tensor = self.tape.new(spec.numel, size, spec.name, PARAMETERS)
         return self.quantizer.store(spec, tensor) if spec.quantized else (tensor, None)
+
+    def _drawn_base(self, spec: ParameterSpec) -> Tensor | None:
+        """DoRA's magnitudes start as row norms of the base, which is drawn again for them."""
+        target, magnitude, _ = spec.name.partition(MAGNITUDE)
+        if not magnitude or self.cfg.adapter.load is not None:
+            return None
+        weight = f"{target}.weight"
+        numel = next(s.numel for s in self.specs if s.name == weight)
+        return self.tape.new(numel, FP32, f"DoRA base of {weight}")
 
     def add_parameter(self, spec: ParameterSpec, tensor: Tensor, quantized: Quantized | None = None) -> Parameter:
         accumulator = Accumulator(spec.name)
