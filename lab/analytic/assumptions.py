@@ -77,6 +77,8 @@ def _hf(cfg: RunConfig) -> list[str]:
             f"approximate: no op list for model_type {hf.model_type}, replayed as a Llama of its shapes; its own "
             "norms, projections, experts, activations and position encoding are left out"
         )
+    if cfg.engine.kind == "accelerate":
+        out.append(_accelerated_outputs(cfg))
     if hf.activation not in ("silu", "gelu", "gelu_new"):
         out.append(f"activation {hf.activation} replayed as silu, which keeps its input alone")
     if hf.sliding_window is not None and cfg.train.seq_len >= hf.sliding_window:
@@ -86,3 +88,20 @@ def _hf(cfg: RunConfig) -> list[str]:
     if hf.rope_type == "dynamic":
         out.append("rotary frequencies that the forward recomputes are left out")
     return out
+
+
+def _accelerated_outputs(cfg: RunConfig) -> str:
+    """accelerator.py, prepare_model: convert_outputs_to_fp32 around the forward of what is prepared.
+
+    Only where that runs under Accelerate's autocast: mixed precision in one process or DDP.
+    """
+    precision, strategy = cfg.precision.kind, cfg.parallel.strategy
+    mixed = precision in (Precision.BF16_MIXED, Precision.FP16_MIXED)
+    converted = mixed and strategy in (Strategy.SINGLE, Strategy.DDP)
+    itemsize = 4 if converted or precision is Precision.FP32 else 2
+    logits = cfg.train.micro_batch_size * cfg.train.seq_len * cfg.model.vocab_size * itemsize
+    return (
+        "engine=accelerate prepares the lab's module, which returns the loss alone: a loop that prepares the "
+        "transformers model itself and keeps its outputs through backward also holds their "
+        f"{'fp32 ' if converted else ''}logits, {logits} bytes"
+    )

@@ -25,6 +25,7 @@ from functools import cache
 
 from lab.analytic.architecture import ParameterSpec
 from lab.analytic.inventory import trainable
+from lab.analytic.sharding.carving import Carving
 from lab.config import RunConfig
 from lab.vocab import Precision
 
@@ -97,7 +98,7 @@ def values_of(cfg: RunConfig) -> dict[str, tuple[int, ...]]:
     single["r_p"] = t.seq_len // 10 + min(t.seq_len, m.max_seq_len)
     values: dict[str, tuple[int, ...]] = {name: (value,) for name, value in single.items()}
     values["c"] = (chunk, rows % chunk) if rows % chunk else (chunk,)
-    values["U"] = _unit_numels(specs, group, cfg.engine.kind == "accelerate")
+    values["U"] = _unit_numels(specs, group, Carving(m) if cfg.engine.kind == "accelerate" else None)
     values["S_i"] = tuple(_sub_groups(shards, zero.sub_group_size))
     return values
 
@@ -115,11 +116,12 @@ def _padded(spec: ParameterSpec, group: int) -> int:
     return -(-rows // group) * (spec.numel // rows)
 
 
-def _unit_numels(specs: list[ParameterSpec], group: int, norm_apart: bool) -> tuple[int, ...]:
-    """Padded shards of a block and of the root; ``norm_apart``: Accelerate makes the final norm a unit of its own."""
-    norm = [s for s in specs if s.name.startswith("norm.")] if norm_apart else []
-    units = [[s for s in specs if s.unit == unit and s not in norm] for unit in (0, -1)]
-    return tuple(sum(_padded(s, group) for s in unit) for unit in (*units, norm) if unit)
+def _unit_numels(specs: list[ParameterSpec], group: int, carving: Carving | None) -> tuple[int, ...]:
+    """Padded shards of a block and of the root; Accelerate makes further units, after the last block."""
+    indices = [0, -1, *((carving.tail, carving.tail + 1) if carving else ())]
+    unit_of = carving.unit_of if carving else lambda s: s.unit
+    units = [[s for s in specs if unit_of(s) == index] for index in indices]
+    return tuple(sum(_padded(s, group) for s in unit) for unit in units if unit)
 
 
 def _sub_groups(shards: list[int], size: int) -> list[int]:

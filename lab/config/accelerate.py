@@ -63,11 +63,10 @@ def check_engine(cfg: RunConfig) -> None:
         raise ConfigError("engine", "accelerate", "parallel=hsdp is trained by engine=native only")
     if cfg.train.compile:
         raise ConfigError("engine", "accelerate", "train.compile=true is trained by engine=native only")
-    if cfg.model.family != "lab":
-        raise ConfigError("engine", "accelerate", "model=hf is trained by engine=native, or by your own Trainer")
-    for group, kind in (("quantization", cfg.quantization.kind), ("adapter", cfg.adapter.kind)):
-        if kind != "none" and strategy.is_fsdp:
-            raise ConfigError("engine", "accelerate", f"{group}={kind} with FSDP is trained by engine=native only")
+    if cfg.quantization.kind != "none" and strategy.is_fsdp:
+        raise ConfigError(
+            "engine", "accelerate", f"quantization={cfg.quantization.kind} with FSDP is trained by engine=native only"
+        )
 
 
 def file_settings(path: Path) -> dict[str, Any]:

@@ -4,12 +4,13 @@ What Accelerate 1.15 does that the native engines do not (accelerator.py unless 
 
 - backward: the loss is divided by the micro-steps even when there is one; gradient accumulation runs under
   ``accumulate`` (``no_sync``), so FSDP2 keeps whole gradients until the last micro-step and ZeRO-1 reduces only then.
-- prepare_model: autocast around the model's own forward, and ``convert_outputs_to_fp32`` (the lab's model returns an
-  fp32 loss, so nothing is converted).
+- prepare_model: autocast around the model's own forward, and ``convert_outputs_to_fp32`` (the lab's models return an
+  fp32 loss, transformers' too: lab.model.hf drops their outputs; so nothing is converted).
 - DDP: bucket_cap_mb is passed only where it is not 25, so that by default PyTorch's first bucket is 1 MiB.
 - FSDP2 (utils/fsdp_utils.py, fsdp2_prepare_model): the final norm is a unit of its own that stays gathered after
-  forward; parameters in half precision become fp32 in mixed precision; parameters, gradients' reduction and outputs
-  in the compute dtype (utils/dataclasses.py, set_mixed_precision), so that the loss is cast to it.
+  forward, with the head where a model shows it, as transformers' do; their embedding is one more unit. Parameters in
+  half precision become fp32 in mixed precision; parameters, gradients' reduction and outputs in the compute dtype
+  (utils/dataclasses.py, set_mixed_precision), so that the loss is cast to it.
 - DeepSpeed (utils/deepspeed.py, DeepSpeedEngineWrapper): the engine's step runs inside Accelerate's backward. Here it
   is put off to ``optimizer_step``, so that both phases can be told apart; nothing is made or dropped in between.
 """
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lab.config import RunConfig
+from lab.model.hf import HFCausalLM
 from lab.optim import build_optimizer, learning_rate, set_learning_rate
 from lab.parallel.fsdp import FSDPEngine
 from lab.parallel.materialise import materialise
@@ -79,7 +81,7 @@ def fsdp_plugin(cfg: RunConfig) -> Any:
         fsdp_version=2,
         reshard_after_forward=cfg.parallel.strategy is not Strategy.FSDP_GRAD_OP,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["Block"],
+        transformer_cls_names_to_wrap=["Block"] if cfg.model.family == "lab" else None,  # None: _no_split_modules
         cpu_ram_efficient_loading=False,
     )
 
@@ -222,6 +224,8 @@ class AccelerateFSDP(_Accelerated, FSDPEngine):
             pass
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.optimizer = build_optimizer(_trained(model), cfg.optimizer)
+        if isinstance(model, HFCausalLM):
+            _show_units(model)
         self.prepare(model, self.optimizer, device)
         self.model = self.prepared[0]
         self.shards = [p for p in self.model.parameters() if isinstance(p, DTensor)]
@@ -230,6 +234,18 @@ class AccelerateFSDP(_Accelerated, FSDPEngine):
     def close(self) -> None:
         FSDPEngine.close(self)
         self.release()
+
+
+def _show_units(model: HFCausalLM) -> None:
+    """What fsdp2_prepare_model asks a transformers model for: its blocks' class, embeddings, and the norm's parent."""
+    hf: Any = model.hf
+    model.__dict__ |= {  # no submodules: names stay as they are
+        "_no_split_modules": [type(block).__name__ for block in model.blocks][:1],
+        "get_input_embeddings": hf.get_input_embeddings,
+        "get_output_embeddings": hf.get_output_embeddings,
+        "base_model_prefix": "base_model",
+        "base_model": hf.base_model,
+    }
 
 
 class AccelerateZero(_Accelerated, ZeroEngine):

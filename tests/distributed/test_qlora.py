@@ -51,7 +51,8 @@ def test_every_point_of_the_studies_and_more_is_predicted_to_the_byte(tmp_path: 
     assert [len(study) for study in studies] == [16, 8]
     points = [list(point.overrides) for study in studies for point in study]
     points += [["measure=ledger", *small, *more] for more in MORE]
-    for family, more in (("llama", ["quantization=nf4_double"]), ("gpt2", [])):
+    accelerated = ["engine=accelerate", "train.gradient_accumulation_steps=2", "quantization=nf4_double"]
+    for family, more in (("llama", ["quantization=nf4_double"]), ("gpt2", []), ("qwen2", accelerated)):
         path = write_config(tmp_path, family)
         own = [s for s in small_run(tmp_path, steps=2) if not s.startswith("model.")]
         hf = ["model=hf", f"model.path={path}", "model.random_weights=true", "data.tokenizer_vocab_size=300"]

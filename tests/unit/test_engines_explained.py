@@ -14,6 +14,7 @@ from lab.analytic.tape import ALLOC, FREE
 from lab.analytic.timeline import spans_of
 from lab.config import RunConfig, load
 from lab.vocab import MemoryCategory
+from tests.unit.hf_cases import hf_overrides, write_config
 from tests.unit.test_hf_trainer_settings import CONFIG
 
 TRAIN = ["hardware=h200", "train.gradient_accumulation_steps=2", "train.max_grad_norm=1.0"]
@@ -47,6 +48,13 @@ def test_accelerate(strategy: str, precision: str) -> None:
     world = f"world_size={1 if strategy == 'single' else 3}"
     options = ["model=tiny", "engine=accelerate", f"parallel={strategy}", f"precision={precision}", world]
     assert unexplained(load([*TRAIN, *options])) == set()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("options", [["ddp", "adapter=lora"], ["zero3"], ["fsdp"], ["fsdp", "checkpointing=full"]])
+def test_accelerate_with_a_hugging_face_model(family: str, options: list[str], tmp_path: Path) -> None:
+    more = ["engine=accelerate", "precision=bf16_mixed", "world_size=2", f"parallel={options[0]}", *options[1:]]
+    assert unexplained(load([*TRAIN, *hf_overrides(write_config(tmp_path, family), *more)])) == set()
 
 
 @pytest.mark.parametrize(

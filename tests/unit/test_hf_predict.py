@@ -112,6 +112,22 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     assert "rotary frequencies" in said
 
 
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        (["precision=bf16_mixed"], "also holds their fp32 logits, 179200 bytes"),
+        (["precision=bf16_pure"], "also holds their logits, 89600 bytes"),
+        (["precision=bf16_mixed", "parallel=zero3", "world_size=2"], "also holds their logits, 89600 bytes"),
+    ],
+)
+def test_what_other_loops_keep_through_accelerate_is_said(options: list[str], kept: str, tmp_path: Path) -> None:
+    """2 x 32 tokens of 700 logits: in fp32 where Accelerate's own autocast runs, in half precision elsewhere."""
+    path = write_config(tmp_path, "llama")
+    said = " ".join(predict(load(hf_overrides(path, "hardware=h200", "engine=accelerate", *options))).assumptions)
+    assert kept in said
+    assert "prepares the lab's module" in said
+
+
 def test_the_lab_keeps_its_own_op_list() -> None:
     from lab.analytic.decoder import Decoder
 

@@ -2,7 +2,8 @@
 
 Source: accelerate/accelerator.py (backward, accumulate, no_sync, prepare_model), accelerate/utils/fsdp_utils.py
 (fsdp2_prepare_model), accelerate/utils/dataclasses.py (set_mixed_precision, DistributedDataParallelKwargs). Autocast
-around the model's own forward and ``convert_outputs_to_fp32`` change nothing for a model that returns an fp32 loss.
+around the model's own forward and ``convert_outputs_to_fp32`` change nothing for a model that returns an fp32 loss,
+as the lab's own does and the one around a transformers model (lab.model.hf).
 DeepSpeed's stages are the native rules: the same engine runs the same buffers.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from lab.analytic.architecture import ParameterSpec
 from lab.analytic.sharding.base import Rule
+from lab.analytic.sharding.carving import Carving
 from lab.analytic.sharding.fsdp import FSDP, Unit
 from lab.analytic.sharding.replicated import DDP, Single
 from lab.analytic.sharding.zero import Zero1, Zero2
@@ -39,50 +41,74 @@ class AccelerateDDP(DDP):
 
 
 class AccelerateFSDP(FSDP):
-    """FSDP2 with the final norm as a unit of its own, deferred reduction, and outputs in the compute dtype.
+    """FSDP2 with Accelerate's own units, deferred reduction, and outputs in the compute dtype.
 
-    The norm's unit stays gathered after forward, so the last block's all-gather starts in the norm's backward, not in
-    the root's. ``no_sync`` (set_requires_gradient_sync) keeps whole gradients until the last micro-step. The weights
-    come from the host, one whole unit at a time.
+    The tail's unit (``Carving``) stays gathered after forward, so the last block's all-gather starts in its backward,
+    not in the root's. ``no_sync`` (set_requires_gradient_sync) keeps whole gradients until the last micro-step. The
+    weights come from the host, one whole unit at a time.
     """
 
     always_divides_loss = True
 
     def __init__(self, cfg: RunConfig, tape: Tape, specs: list[ParameterSpec]) -> None:
         super().__init__(cfg, tape, specs)
-        self.norm = cfg.model.num_layers
-        self.units[self.norm] = Unit(self.norm)
+        self.carving = Carving(cfg.model)
+        self.units = {i: Unit(i) for i in self.carving.units}
+        self.unhooked: tuple[Tensor, int] | None = None  # an output that needed no gradient, and its position
 
     def unit_of(self, spec: ParameterSpec) -> int:
-        return self.norm if spec.name.partition(".")[0] == "norm" else spec.unit
+        return self.carving.unit_of(spec)
 
     def build(self) -> None:
-        order = [*range(self.cfg.model.num_layers), self.norm, -1]
-        if not self.tape.trace.on_device_kernels:  # every fully_shard makes a mesh of its own, an int32 tensor
+        order = [u for u in self.carving.shard_order if any(self.unit_of(s) == u for s in self.specs)]
+        if not self.tape.trace.on_device_kernels:  # every unit has a mesh of its own, an int32 tensor
             self.kept += [self.tape.new(self.world, 4, "device mesh") for _ in order]
         for index in order:
             members = [s for s in self.specs if self.unit_of(s) == index]
-            size, category = self.parameter_itemsize, MemoryCategory.PARAMETERS
-            whole = [self.tape.new(s.numel, size, f"whole {s.name}", category) for s in members]
+            category = MemoryCategory.PARAMETERS
+            whole = [self.tape.new(s.numel, self.itemsize_of(s), f"whole {s.name}", category) for s in members]
             for spec in members:
                 self.add_shard(spec)
             del whole
 
     def reshards(self, unit: int) -> bool:
-        return unit != self.norm and super().reshards(unit)
+        return unit != self.carving.tail and super().reshards(unit)
+
+    def enter_source(self, module: str) -> None:
+        """The embedding's tokens need no gradient: its unit is reduced when backward is over."""
+        if module in self.carving.first:
+            self.pre_forward(self.carving.first[module])
 
     def enter(self, module: str, x: Tensor) -> Tensor:
-        if module != "norm":
+        if module not in self.carving.first:
             return x
-        self.pre_forward(self.norm)
-        return self.wrap_input(self.norm, x)
+        self.pre_forward(self.carving.first[module])
+        return self.wrap_input(self.carving.first[module], x)
 
     def leave(self, module: str, y: Tensor) -> Tensor:
-        return self.post_forward(self.norm, y) if module == "norm" else y
+        return self.post_forward(self.carving.last[module], y) if module in self.carving.last else y
+
+    def pre_forward(self, unit: int) -> None:
+        if self.unhooked is not None:  # transformers has made the embedding's output a leaf by now, if it does
+            out, position = self.unhooked
+            if out.node is not None:
+                out.node.hooks = [*(out.node.hooks or []), lambda: self._pre_backward(position)]
+            self.unhooked = None
+            del out
+        if self.units[unit].members:
+            super().pre_forward(unit)
 
     def post_forward(self, unit: int, out: Tensor) -> Tensor:
         """The root's output, the fp32 loss, is cast to output_dtype."""
-        out = super().post_forward(unit, out)
+        if not self.units[unit].members:  # a root whose every parameter is in another unit
+            self.previous = None
+        elif out.node is None:
+            self.unhooked = out, len(self.order)
+            self.order.append(unit)
+            if self.reshards(unit):
+                self.free(self.units[unit])
+        else:
+            out = super().post_forward(unit, out)
         if unit >= 0 or not self.mixed:
             return out
         loss, tape = MemoryCategory.LOGITS_AND_LOSS, self.tape
@@ -95,13 +121,21 @@ class AccelerateFSDP(FSDP):
         return cast
 
     def post_backward(self, unit: Unit) -> None:
+        if not unit.members:
+            return
         if self.last_micro_step:
             super().post_backward(unit)
         else:
             self.free(unit)
 
+    def finish_backward(self) -> None:
+        """An all-gather that was started for a unit whose backward never came is dropped (finalize_backward)."""
+        super().finish_backward()
+        for unit in self.units.values():
+            unit.all_gather = None
+
     def zero_grad(self) -> None:
-        for index in (*range(self.cfg.model.num_layers), self.norm, -1):
+        for index in self.carving.zero_order:
             self.units[index].sharded_grad = None
 
 
