@@ -60,12 +60,18 @@ def adapt(
     return out + pending
 
 
-def merge_bytes(specs: list[ParameterSpec], cfg: AdapterConfig) -> int:
-    """Bytes that merging takes beside the model: the largest target's B @ A and that times the scaling, fp32.
+def merge_bytes(specs: list[ParameterSpec], cfg: AdapterConfig, base_itemsize: int = FP32) -> int:
+    """Bytes that merging takes beside the model, at the largest target.
 
-    peft/tuners/lora/layer.py, get_delta_weight; the sum goes into the weight in place.
+    LoRA (peft/tuners/lora/layer.py, get_delta_weight): B @ A and that times the scaling, fp32; the sum goes into the
+    weight in place. DoRA (variants.py, merge_unsafe): a copy of the base, in its own type (``base_itemsize``), the
+    delta, its sum with the base (which autograd keeps), that times magnitudes over norms, with those two, and its cast.
     """
-    return max((2 * FP32 * s.numel for s in specs if targets(s, cfg)), default=0)
+    sizes = [(s.numel, s.shape[-1 if s.transposed else 0]) for s in specs if targets(s, cfg)]
+    if cfg.kind == "dora":
+        each = base_itemsize + 3 * FP32 + (base_itemsize if base_itemsize != FP32 else 0)
+        return max((each * numel + 2 * FP32 * rows for numel, rows in sizes), default=0)
+    return max((2 * FP32 * numel for numel, _ in sizes), default=0)
 
 
 def lora(

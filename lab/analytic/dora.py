@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from weakref import ref
 
 from lab.analytic.ops import Ops, Parameter
-from lab.analytic.tape import Grads, Node, Tensor, viewed
+from lab.analytic.tape import Accumulator, Grads, Node, Tensor, viewed
+from lab.vocab import MemoryCategory
 
 MAGNITUDE = ".lora_magnitude_vector"
 
@@ -38,6 +39,7 @@ class DoraLayer:
     itemsize: int  # of the adapter's weights
     label: str
     dropout: float
+    transposed: bool  # Conv1D: the weight is [in, out]
 
     @property
     def out_features(self) -> int:
@@ -72,9 +74,7 @@ def _update(ops: Ops, layer: DoraLayer, x: Tensor, product: Tensor | None) -> Te
     ratio = _ratio(ops, layer.magnitude, norm, f"DoRA ratio of {name}")
     low = layer.up(layer.down(x, rows, f"{layer.label} adapter A"), rows, f"{layer.label} adapter B")
     if product is None:
-        plain = Parameter(
-            name, (layer.out_features, layer.in_features), weight, layer.weight.accumulator, trainable=False
-        )
+        plain = _operand(ops, layer, weight)
         product = ops.linear(x, plain, None, rows, f"DoRA product of {name}")
         del plain
     elif layer.bias is not None:
@@ -86,6 +86,27 @@ def _update(ops: Ops, layer: DoraLayer, x: Tensor, product: Tensor | None) -> Te
     scaled = ops.scale(second, f"DoRA scaled term of {name}")
     del second
     return ops.add(first, scaled, f"DoRA sum of terms of {name}")
+
+
+def _operand(ops: Ops, layer: DoraLayer, weight: Tensor) -> Parameter:
+    """transpose(weight, fan_in_fan_out) of peft/utils/other.py, as F.linear's second operand.
+
+    Conv1D's weight, where it was not cast, becomes a new nn.Parameter there, which wants a gradient: nobody uses it,
+    and it stays until the graph goes.
+    """
+    name, tape = layer.weight.name, ops.tape
+    shape = (layer.out_features, layer.in_features)
+    accumulator = Accumulator(name)
+
+    def hold() -> None:
+        grad, accumulator.grad = accumulator.grad, None
+        assert grad is not None
+        grad.storage.move(MemoryCategory.ACTIVATIONS)  # nobody's gradient
+        tape.held_by_graph.append(grad)
+
+    accumulator.on_grad = hold
+    trained = layer.transposed and weight.storage is layer.weight.tensor.storage
+    return Parameter(name, shape, weight, accumulator, trained)
 
 
 def _low_rank_weight(ops: Ops, layer: DoraLayer) -> Tensor:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from lab.analytic.adapters import merge_bytes
 from lab.analytic.inventory import inventory
+from lab.analytic.tape import BF16, FP32
 from lab.cli.arguments import Parser
 from lab.config import ConfigError, load
 from lab.units import readable
+from lab.vocab import Precision
 
 HELP = """The base model of the configuration with the adapter of adapter.load merged into its weights, on the CPU.
 
@@ -45,7 +47,8 @@ def run(argv: Sequence[str]) -> int:
     named = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     save_file(named, Path(arguments.output), metadata={"format": "pt"})
     held = sum(t.nbytes for t in named.values())
-    extra = merge_bytes(inventory(cfg), cfg.adapter)
+    itemsize = BF16 if cfg.precision.kind is Precision.BF16_PURE else FP32
+    extra = merge_bytes(inventory(cfg), cfg.adapter, itemsize)
     print(
         f"{arguments.output}: {len(named)} tensors, {readable(held)}; merging took {readable(extra)} more for a moment"
     )

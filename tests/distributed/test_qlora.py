@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lab.cli.points import study_points
 from tests.distributed.points_worker import off_by
 from tests.distributed.small_run import ENVIRONMENT, ROOT, small_run
-from tests.unit.hf_cases import write_config
+from tests.unit.hf_cases import hf_overrides, write_config
 
 LORA = ["adapter=lora", "precision=bf16_mixed"]
 GPT2 = ["model.norm=layernorm", "model.mlp=gelu", "model.position=learned", "model.bias=true", "model.fused_qkv=true"]
@@ -58,7 +59,14 @@ def test_every_point_of_the_studies_and_more_is_predicted_to_the_byte(tmp_path: 
         hf = ["model=hf", f"model.path={path}", "model.random_weights=true", "data.tokenizer_vocab_size=300"]
         given = {s.partition("=")[0] for s in hf}
         points.append([*(s for s in own if s.partition("=")[0] not in given), *hf, "measure=ledger", *LORA, *more])
+    conv1d = hf_overrides(write_config(tmp_path, "gpt2"), "adapter=dora", "measure=ledger")
+    conv1d += [s for s in small_run(tmp_path, steps=2) if not s.startswith(("model.", "data.tokenizer", "train.seq"))]
+    points += [[*conv1d, "precision=bf16_pure"], [*conv1d, "precision=bf16_mixed"]]
     results = train_all(points, tmp_path)
+    # Gradients of the transposed weights that peft makes parameters, which are nobody's.
+    unowned: Any = results[-1]["off"]
+    assert set(unowned) == {"first_step/backward/unattributed", "steady/backward/unattributed"}
+    unowned.clear()
     assert [(p, r) for p, r in zip(points, results, strict=True) if r["status"] != "ok" or r["off"]] == []
 
 

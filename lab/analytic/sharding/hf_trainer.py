@@ -8,6 +8,7 @@ and never again (distributed.py, _ddp_init_helper; reducer.hpp, should_rebuild_b
 from __future__ import annotations
 
 from lab.analytic.architecture import ParameterSpec
+from lab.analytic.dora import MAGNITUDE
 from lab.analytic.ops import Quantized
 from lab.analytic.optimizers import clip_gradients
 from lab.analytic.sharding.accelerate import AccelerateDDP, AccelerateSingle
@@ -44,8 +45,14 @@ class _Clipped(Rule):
         return [s for group in self._groups() for s in group]
 
     def _groups(self) -> list[list[ParameterSpec]]:
-        """create_optimizer: with weight decay; norms and biases without. One is stepped after the other."""
-        return [[s for s in self.trained if (len(s.shape) > 1) is decayed] for decayed in (True, False)]
+        """create_optimizer: with weight decay; norms and biases without. One is stepped after the other.
+
+        What is neither by its name is decayed, DoRA's magnitudes too (get_decay_parameter_names).
+        """
+        return [
+            [s for s in self.trained if (len(s.shape) > 1 or MAGNITUDE in s.name) is decayed]
+            for decayed in (True, False)
+        ]
 
 
 class TrainerSingle(_Clipped, AccelerateSingle):
