@@ -54,6 +54,7 @@ CASES = [
     [GPU, "adapter=lora", "quantization=nf4_double", "checkpointing=full"],
     [GPU, "adapter=lora", "quantization=int8", *OTHER],
     [CPU, "adapter=dora", "parallel=ddp", "world_size=2"],
+    [GPU, "adapter=dora", "checkpointing=selective"],
     [GPU, "adapter=lora", "parallel=zero3", "world_size=2", BUCKETS, "checkpointing=full"],
     [GPU, "adapter=lora", "parallel=fsdp", "world_size=2"],
     [GPU, "loss=no_upcast", "optimizer=lion_8bit"],
