@@ -223,6 +223,8 @@ class FSDP(Rule):
         self.tape.trace.stream = REDUCE_STREAM
         category = MemoryCategory.GRADIENTS
         output = self.tape.new(unit.trained_numel, size, "FSDP sharded gradient", category)
+        if self.size > 1 and not self.tape.trace.on_device_kernels:  # gloo reduces a clone of the input
+            self.tape.new(numel, size, "gloo's clone of the reduce-scatter input", COMM)
         if size != stored:
             wide = self.tape.new(unit.trained_numel, stored, "FSDP sharded gradient", category)
             output = wide
