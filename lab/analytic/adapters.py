@@ -98,7 +98,6 @@ def lora(
     if converts:
         x = ops.cast(x, itemsize, label + " adapter input, fp32")
     delta = _low_rank(ops, x, down, up, label, dropout)
-    del x
     if converts and quantized:
         delta = ops.cast(delta, size_out, label + " adapter output, base's type")
     result = ops.add(result, delta, label + " adapted")

@@ -270,10 +270,10 @@ class Ops:
         # Saved in declared order: addmm's mat1, mat2; mm's mat2, self; each for the other's gradient only.
         kept_x, kept_w = x if needs_w else None, turned if needs_x else None
         node = tape.node([x, turned, bias], backward, [kept_x, kept_w] if bias_size else [kept_w, kept_x])
-        del kept_x, kept_w
-        del turned, weight, bias
+        del kept_x, kept_w, turned
         y = self.kept_or(rows * out_features, size, label, category)
         self.matmul_workspace("forward", lt=bool(bias_size))
+        del weight, bias
         y.node = node
         return y
 
