@@ -20,7 +20,12 @@ def flops_per_token(cfg: RunConfig, num_parameters: int) -> float:
 
 
 def utilisation(cfg: RunConfig, num_parameters: int, tokens_per_second: float) -> float | None:
-    """Model FLOPs over the dense bf16 peak of all GPUs, 0..1; None on hardware whose peak is not known."""
+    """Model FLOPs over the dense bf16 peak of all GPUs, 0..1; None on hardware whose peak is not known.
+
+    None beside an adapter too: frozen weights need no weight gradients, so 6 N would count work that is not done.
+    """
+    if cfg.adapter.kind != "none":
+        return None
     peak = cfg.hardware.dense_bf16_flops * cfg.world_size
     return tokens_per_second * flops_per_token(cfg, num_parameters) / peak if peak else None
 

@@ -83,8 +83,6 @@ def _hf(cfg: RunConfig) -> list[str]:
         out.append(f"activation {hf.activation} replayed as silu, which keeps its input alone")
     if hf.sliding_window is not None and cfg.train.seq_len >= hf.sliding_window:
         out.append(f"sliding window of {hf.sliding_window} tokens: its mask and the kernels that take it are left out")
-    if model.family == "gpt2" and cfg.adapter.kind != "none":
-        out.append("approximate: adapters on GPT-2's Conv1D layers are left out")
     if hf.rope_type == "dynamic":
         out.append("rotary frequencies that the forward recomputes are left out")
     return out

@@ -47,11 +47,6 @@ def totals(events: Sequence[Event], sizes: Sequence[int] | None = None) -> list[
     return out
 
 
-def categories_at(events: Sequence[Event], indices: Sequence[int], sizes: Sequence[int] | None = None) -> list[Moment]:
-    """Bytes by category after the events at ``indices`` (ascending)."""
-    return Timeline(events, sizes=sizes).moments(indices)
-
-
 def phases(events: Sequence[Event], step: int, sizes: Sequence[int] | None = None) -> dict[StepPhase, PhasePrediction]:
     """Peak and end of every phase of one step; micro-steps: the highest peak, the last end."""
     return Timeline(events, sizes=sizes).read([step])[0][0]

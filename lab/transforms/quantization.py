@@ -115,12 +115,6 @@ def quantized_parameter(module: nn.Module, old: Any, value: Tensor) -> nn.Parame
     return packed
 
 
-def num_elements(parameter: nn.Parameter) -> int:
-    """Elements of a parameter before it was packed."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else int(state.shape.numel())
-
-
 def quantization_state(model: nn.Module) -> Iterator[Tensor]:
     """absmax, code tables, offsets and int8's row maxima of every quantized Linear, and bitsandbytes' own table."""
     nested = False

@@ -13,7 +13,7 @@ from torch import nn
 from lab.build import build_meta_model
 from lab.config import ConfigError, RunConfig, load
 from lab.loop import Losses
-from lab.metrics import flops_per_token, run_metrics
+from lab.metrics import flops_per_token, run_metrics, utilisation
 from lab.optim import build_optimizer, learning_rate
 from lab.parallel import ENGINES
 from lab.parallel.materialise import initial_value, materialise, slots
@@ -224,6 +224,8 @@ def test_metrics_take_steady_steps_and_all_ranks() -> None:
     assert metrics.tokens_per_second == pytest.approx(600 / 0.6)
     expected = 1000 * (6e6 + 12 * 4 * 128 * 100) / 2e12
     assert metrics.model_flops_utilisation == pytest.approx(expected)
+    adapted = dataclasses.replace(cfg, adapter=dataclasses.replace(cfg.adapter, kind="lora"))
+    assert utilisation(adapted, 1_000_000, 1.0) is None
     unread = run_metrics(cfg, 1, [measured(0, [1.0], [None])], None)
     assert (unread.first_loss, unread.step_seconds) == (None, 1.0)
 
