@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from lab.config import ConfigError, RunConfig
+from lab.measure.device_use import gpu_uses
 from lab.track import new_run_id
 from lab.track.folder import TURN_VARIABLE
 from lab.vocab import Strategy
@@ -30,6 +31,7 @@ class Place:
     rank: int
     local_rank: int
     device: torch.device
+    gpu_uses_before: Mapping[str, int] = field(default_factory=dict)  # bytes by UUID, before this process touched one
 
 
 def find_place(cfg: RunConfig) -> Place:
@@ -52,9 +54,10 @@ def find_place(cfg: RunConfig) -> Place:
         raise ConfigError(
             "world_size", cfg.world_size, f"{local_ranks} ranks on a node that has {torch.cuda.device_count()} GPUs"
         )
+    uses = gpu_uses()
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
-    return Place(rank, local_rank, device)
+    return Place(rank, local_rank, device, uses)
 
 
 def limit_memory(cfg: RunConfig, device: torch.device) -> None:

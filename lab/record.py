@@ -88,7 +88,7 @@ class PhaseReading:
     num_alloc_retries: int = 0
     num_ooms: int = 0
     seconds: float = 0.0
-    device_used_bytes: int | None = None  # NVML, this GPU, all processes
+    device_used_bytes: int | None = None  # NVML, this GPU, less what was in use before the run (device_foreign_bytes)
     host_rss_bytes: int | None = None
     ledger: MemoryBreakdown | None = None  # live tensors at the phase's end, by category
     unattributed_bytes: int | None = None  # end_allocated_bytes minus the ledger's total
@@ -122,6 +122,8 @@ class RankMeasurement:
     steps: list[StepMeasurement] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     managed_bytes: int | None = None  # paged optimizer states, in CUDA managed memory; None: none
+    # In use on the GPU before the run, beyond the idle card's: in no device_used_bytes. None: was not read
+    device_foreign_bytes: int | None = None
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -94,6 +95,10 @@ def get_ready(cfg: RunConfig) -> None:
     for module in ("lab.build", "lab.loop", "lab.measure", "lab.analytic"):
         import_module(module)
     import_engine(cfg)
+    if cfg.adapter.kind != "none" or cfg.model.family != "lab":
+        # Most of peft's import. Not peft itself: it imports bitsandbytes, which makes a CUDA context.
+        with suppress(ImportError):  # the run says what is missing
+            import_module("transformers.modeling_utils")
     make_batches(cfg, torch.device("meta"), int(os.environ.get("RANK", "0")))
 
 
@@ -127,7 +132,7 @@ def train_and_measure(state: RunState, place: Place) -> tuple[list[RankMeasureme
     cfg, device, folder = state.cfg, place.device, state.folder
     assert folder is not None
     state.tracker = make_tracker(cfg, folder, place.rank)
-    meter = state.meter = make_meter(cfg, device, place.rank, place.local_rank)
+    meter = state.meter = make_meter(cfg, device, place.rank, place.local_rank, place.gpu_uses_before)
     meter.snapshot_dir = folder.path
     meter.on_step = state.step_done
     meter.start()

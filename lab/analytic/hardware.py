@@ -18,6 +18,8 @@ def outside_allocator_bytes(cfg: RunConfig) -> int:
     if h.device_type != "cuda":
         return 0
     total = h.idle_bytes + h.cuda_context_bytes + (h.cudnn_bytes if asks_cudnn(cfg) else 0)
+    if cfg.quantization.kind == "int8":
+        total += h.bitsandbytes_int8_bytes
     strategy = cfg.parallel.strategy
     if cfg.world_size == 1:
         if strategy.is_fsdp:

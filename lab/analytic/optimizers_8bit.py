@@ -27,7 +27,11 @@ from lab.config import OptimizerConfig
 BLOCK_SIZE = 256  # init_state, blocksize: not a setting
 TABLE = 256  # entries of a code table
 PAGED_FROM = 100_000  # elements; get_state_buffer: smaller tensors are not paged
-MANAGED_BLOCK = 2 << 20  # bytes; a managed allocation on the GPU: seen as its device use, on an H200 (driver 580.159)
+# Managed memory on the GPU: the driver hands out pages of 64 KiB and more, cut from root chunks of 2 MiB, and takes
+# those from the card 1 << uvm_perf_pma_batch_nonpinned_order (6) at a time.
+# Source: open-gpu-kernel-modules, kernel-open/nvidia-uvm/uvm_pmm_gpu.c.
+MANAGED_PAGE = 64 << 10
+MANAGED_BATCH = 64 * (2 << 20)
 UINT8 = 1
 
 
@@ -40,6 +44,7 @@ class BitsAndBytes(Optimizer):
         self.bits = 32 if cfg.kind == "paged_adamw_32bit" else 8
         self.paged = cfg.kind.startswith("paged_") and tape.trace.on_device_kernels
         self.tables: list[Tensor] = []
+        self._pages = 0  # of managed memory
         if self.bits == 8 and not tape.trace.on_device_kernels:
             self._make_tables(2)
 
@@ -62,7 +67,8 @@ class BitsAndBytes(Optimizer):
         size = UINT8 if eight else FP32
         if managed:
             self.managed_bytes += count * numel * size
-            self.managed_device_bytes += count * -(-numel * size // MANAGED_BLOCK) * MANAGED_BLOCK
+            self._pages += count * -(-numel * size // MANAGED_PAGE)
+            self.managed_device_bytes = -(-self._pages * MANAGED_PAGE // MANAGED_BATCH) * MANAGED_BATCH
         else:
             self.states += [self.tape.new(numel, size, f"state{i + 1}", STATES) for i in range(count)]
         if eight:

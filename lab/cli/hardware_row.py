@@ -37,7 +37,7 @@ def hardware_row(records: Iterable[RunRecord], idle_bytes: int | None = None) ->
         if record.status is not RunStatus.OK or record.steady_step is None:
             continue
         cfg = run_config_from_json(record.config)
-        if cfg.hardware.device_type != "cuda":
+        if cfg.hardware.device_type != "cuda" or any(rank.managed_bytes for rank in record.ranks):
             continue
         if idle_bytes is None:
             idle_bytes = load([f"hardware={cfg.hardware.name}"]).hardware.idle_bytes
@@ -52,6 +52,8 @@ def hardware_row(records: Iterable[RunRecord], idle_bytes: int | None = None) ->
     row: dict[str, int] = {}
     bare = medians.get("single", medians.get("single, cuDNN", 0))
     row["cuda_context_bytes"] = bare - (idle_bytes or 0)
+    if (int8 := medians.get("single, cuDNN, int8")) is not None and "single, cuDNN" in medians:
+        row["bitsandbytes_int8_bytes"] = int8 - medians["single, cuDNN"]
     if "single" in medians and "single, cuDNN" in medians:
         row["cudnn_bytes"] = medians["single, cuDNN"] - bare
     # Communicators: runs whose attention asks cuDNN against one process that does, others against one that does not.
@@ -71,7 +73,7 @@ def hardware_row(records: Iterable[RunRecord], idle_bytes: int | None = None) ->
 
 
 def _kind(cfg: RunConfig) -> str:
-    """Which communicators a run has (lab/analytic/hardware.py), and whether cuDNN is loaded."""
+    """Which communicators a run has (lab/analytic/hardware.py), whether it loads cuDNN and has int8 products."""
     strategy = cfg.parallel.strategy
     if strategy is Strategy.SINGLE:
         kind = "single"
@@ -81,7 +83,7 @@ def _kind(cfg: RunConfig) -> str:
         kind = "two communicators"
     else:
         kind = "several ranks"
-    return f"{kind}{', cuDNN' if asks_cudnn(cfg) else ''}"
+    return f"{kind}{', cuDNN' if asks_cudnn(cfg) else ''}{', int8' if cfg.quantization.kind == 'int8' else ''}"
 
 
 def row_name(gpu_name: str) -> str:
@@ -101,6 +103,7 @@ def row_yaml(name: str, probe: Probe, row: Mapping[str, int], environment: Mappi
         "nccl_further_bytes": ("parallel=hsdp world_size=4", "HSDP's second communicator"),
         "nccl_one_rank_bytes": ("parallel=zero2 world_size=1", "a communicator of one rank with collectives"),
         "nccl_idle_bytes": ("parallel=fsdp world_size=1", "a communicator that no collective ran on"),
+        "bitsandbytes_int8_bytes": ("quantization=int8", "bitsandbytes' own cuBLAS handle, for int8 products"),
     }
     lines = [
         f"# {probe.gpu_name}{f': {known}' if known else ''}.",

@@ -219,6 +219,7 @@ class HardwareConfig:
     nccl_further_bytes: int = 0  # a second communicator: HSDP's shard and replicate groups
     nccl_one_rank_bytes: int = 0  # a communicator of one rank that collectives ran on: DDP, DeepSpeed on one GPU
     nccl_idle_bytes: int = 0  # a communicator that none ran on: FSDP on one GPU
+    bitsandbytes_int8_bytes: int = 0  # the cuBLAS handle that bitsandbytes makes for its first int8 product
     allocation_alignment_bytes: int = 1  # the caching allocator rounds sizes up to this (512 on CUDA)
     num_streaming_multiprocessors: int = 0  # sizes reductions' scratch memory (aten/native/cuda/Reduce.cuh)
     dense_bf16_flops: float = 0.0  # peak FLOP/s, for model FLOPs utilisation

@@ -5,11 +5,14 @@ This side reads storages and counters. It never imports a prediction.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from lab.config import RunConfig
 from lab.measure.backend import make_backend
 from lab.measure.cpu_tracker import StorageTracker
+from lab.measure.device_use import DeviceUse
 from lab.measure.gather import gather
 from lab.measure.ledger import Ledger
 from lab.measure.meter import LiveTensors, Meter
@@ -19,8 +22,13 @@ from lab.vocab import Checkpointing
 __all__ = ["AllocatorMeter", "Ledger", "LiveTensors", "Meter", "StorageTracker", "gather", "make_meter"]
 
 
-def make_meter(cfg: RunConfig, device: torch.device, rank: int, local_rank: int) -> Meter:
-    """The meter that ``cfg.measure`` asks for: off, or counters with ledgers and a snapshot where wanted."""
+def make_meter(
+    cfg: RunConfig, device: torch.device, rank: int, local_rank: int, gpu_uses_before: Mapping[str, int] | None = None
+) -> Meter:
+    """The meter that ``cfg.measure`` asks for: off, or counters with ledgers and a snapshot where wanted.
+
+    ``gpu_uses_before``: `device_use.gpu_uses` from before this process touched a GPU, where that was still to be had.
+    """
     level, steps = cfg.measure.level, cfg.train.steps
     if level == "off":
         return Meter(rank, local_rank, torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
@@ -43,4 +51,5 @@ def make_meter(cfg: RunConfig, device: torch.device, rank: int, local_rank: int)
         ledger=ledger if ledger_steps else None,
         ledger_steps=ledger_steps,
         snapshot_step=steps - 1 if level == "snapshot" else None,
+        device_use=DeviceUse(device, gpu_uses_before, cfg.hardware.idle_bytes),
     )

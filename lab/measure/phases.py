@@ -37,10 +37,12 @@ class AllocatorMeter(Meter):
         ledger: Ledger | None = None,
         ledger_steps: Collection[int] = (),
         snapshot_step: int | None = None,
+        device_use: DeviceUse | None = None,
     ) -> None:
         super().__init__(rank, local_rank, backend.device_name, backend.source)
         self._backend, self._times = backend, StepTimes(backend)
-        self._device_use, self._host_use = DeviceUse(device), HostUse()
+        self._device_use, self._host_use = device_use or DeviceUse(device), HostUse()
+        self._result.device_foreign_bytes = self._device_use.foreign_bytes
         self._result.notes += [*backend.notes, *self._device_use.notes]
         self._ledger, self._ledger_steps, self._snapshot_step = ledger, ledger_steps, snapshot_step
         self._live_tensors: LiveTensors = tuple

@@ -100,7 +100,7 @@ def test_the_whole_row_is_yaml_that_the_lab_reads() -> None:
     assert "nccl_further_bytes: 0 # HSDP's second communicator; open: needs parallel=hsdp world_size=4" in without
 
 
-@pytest.mark.parametrize(("gpus", "points"), [(1, 4), (2, 7), (8, 9)])
+@pytest.mark.parametrize(("gpus", "points"), [(1, 5), (2, 8), (8, 10)])
 def test_measure_runs_what_there_are_gpus_for(
     gpus: int, points: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
