@@ -30,11 +30,18 @@ def check_finetuning(cfg: RunConfig) -> None:
         check_saved_adapter(cfg.adapter.load, cfg.adapter.allow_pickle)
 
 
-def linear_names(model: ModelConfig) -> tuple[str, ...]:
-    """Last parts of the names of the lab's own Linears."""
-    attention = ("qkv_proj",) if model.fused_qkv else ("q_proj", "k_proj", "v_proj")
-    gate = ("gate_proj",) if model.mlp == "swiglu" else ()
-    return (*attention, "o_proj", *gate, "up_proj", "down_proj")
+def linear_paths(model: ModelConfig) -> tuple[str, ...]:
+    """Names of the Linears (GPT-2's: Conv1D) of the model's blocks; with Hugging Face an untied head's too."""
+    if model.family == "gpt2":
+        parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    else:
+        attention = ("qkv_proj",) if model.fused_qkv else ("q_proj", "k_proj", "v_proj")
+        mlp = ("gate_proj", "up_proj", "down_proj") if model.mlp == "swiglu" else ("up_proj", "down_proj")
+        within = "attention" if model.family == "lab" else "self_attn"
+        parts = (*(f"{within}.{leaf}" for leaf in (*attention, "o_proj")), *(f"mlp.{leaf}" for leaf in mlp))
+    blocks = {"lab": "blocks", "gpt2": "hf.transformer.h"}.get(model.family, "hf.model.layers")
+    head = () if model.family == "lab" or model.tied_head else ("hf.lm_head",)
+    return (*(f"{blocks}.{i}.{part}" for i in range(model.num_layers) for part in parts), *head)
 
 
 def _quantization(cfg: RunConfig) -> None:
@@ -102,12 +109,13 @@ def _adapter(cfg: RunConfig) -> None:
         raise ConfigError("adapter.dropout", a.dropout, "a probability, 0 or more and less than 1")
     if not a.target_modules:
         raise ConfigError("adapter.target_modules", [], "names of Linears, or all-linear")
-    if cfg.model.family == "lab":
-        known = linear_names(cfg.model)
+    if cfg.model.family != "other":  # of those only transformers knows the names
+        known = linear_paths(cfg.model)
         for target in a.target_modules:
-            if target != "all-linear" and target.rpartition(".")[2] not in known:
+            if target != "all-linear" and not any(n == target or n.endswith("." + target) for n in known):
+                leaves = dict.fromkeys(n.rpartition(".")[2] for n in known)
                 raise ConfigError(
-                    "adapter.target_modules", list(a.target_modules), f"{target} matches no Linear: {', '.join(known)}"
+                    "adapter.target_modules", list(a.target_modules), f"{target} matches no Linear: {', '.join(leaves)}"
                 )
     if a.kind == "dora" and cfg.parallel.strategy not in (Strategy.SINGLE, Strategy.DDP):
         raise ConfigError(

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lab.analytic.adapters import merge_bytes
+from lab.analytic.adapters import merge_bytes, targets
+from lab.analytic.architecture import parameters
 from lab.analytic.inventory import inventory, trainable
 from lab.build import build
 from lab.cli.main import main
@@ -147,6 +148,30 @@ def test_saved_adapters_that_are_refused(tmp_path: Path) -> None:
         config(*load_it)
     write_safetensors(tmp_path / "adapter_model.safetensors", claimed=64, written=64)
     assert config(*load_it).adapter.load == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "given", "words"),
+    [
+        ("gpt2", "q_proj", "q_proj matches no Linear: c_attn, c_proj, c_fc"),
+        ("llama_1b", "[q_proj,c_attn]", "c_attn matches no Linear: q_proj, k_proj, v_proj, o_proj, gate_proj"),
+        ("llama_1b", "lm_head", "lm_head matches no Linear"),  # tied: the embedding's weight
+        ("llama_7b", "lm_head", None),
+        ("gpt2", "attn.c_proj", None),
+        ("qwen2_0.5b", "layers.3.self_attn.q_proj", None),
+        ("qwen2_0.5b", "layers.77.self_attn.q_proj", "matches no Linear"),
+    ],
+)
+def test_targets_are_names_of_the_familys_own_linears(file: str, given: str, words: str | None) -> None:
+    asked = f"adapter.target_modules=[{given.strip('[]')}]"
+    hf = ["model=hf", f"model.path=configs/hf/{file}.json", "model.random_weights=true", "hardware=h200"]
+    if words is None:
+        cfg = load([*hf, "adapter=lora", asked])
+        assert any(targets(spec, cfg.adapter) for spec in parameters(cfg.model))
+        return
+    with pytest.raises(ConfigError, match=words) as caught:
+        load([*hf, "adapter=lora", asked])
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
