@@ -26,14 +26,20 @@ def cross_entropy(ops: Ops, logits: Tensor) -> Tensor:
 def cross_entropy_without_upcast(ops: Ops, logits: Tensor, rows: int) -> Tensor:
     """lab.model.loss: the log-softmax and its gradient in the logits' type, one column of it picked per token.
 
-    Backward: gather's gradient is a full matrix of zeros with one number per row, and so is the logits'.
+    Backward: gather's gradient is a full matrix of zeros with one number per row, and so is the logits'. Where
+    PyTorch's dispatcher is watched, as on a CPU here, the numbers go into a copy (FunctionsManual.cpp, gather_backward).
     """
     numel, size, tape = logits.numel, logits.itemsize, ops.tape
     node = tape.node([logits], lambda _: [tape.new(numel, size, "logits gradient", LOSS)])
     log_softmax = ops.new(numel, size, "log-softmax", LOSS)
     tape.save(node, log_softmax)
     log_softmax.node = node
-    gather = tape.node([log_softmax], lambda _: [tape.new(numel, size, "log-softmax gradient", LOSS)], [log_softmax])
+
+    def gather_backward(grads: Grads) -> Grads:
+        zeros = tape.new(numel, size, "log-softmax gradient", LOSS)
+        return [zeros if tape.trace.on_device_kernels else tape.new(numel, size, "log-softmax gradient", LOSS)]
+
+    gather = tape.node([log_softmax], gather_backward, [log_softmax])
     picked = ops.new(rows, size, "loss per token", LOSS)
     picked.node = gather
     wide = ops.cast(picked, FP32, "loss per token, fp32")

@@ -16,12 +16,11 @@ def rmsnorm_composite(ops: Ops, x: Tensor, w: Parameter, rows: int, label: str) 
     tape, numel, size, hidden = ops.tape, x.numel, x.itemsize, w.numel
     wide = ops.cast(x, FP32, label + " input, fp32")
 
-    def pow_backward(grads: Grads) -> Grads:  # grad * (2 * x ** 1)
+    def pow_backward(grads: Grads) -> Grads:  # grad * (2 * x ** 1), one C++ expression: both stay until it ends
         power = tape.new(numel, FP32, label + " x")
         doubled = tape.new(numel, FP32, label + " 2 x")
-        del power
         g = tape.new(numel, FP32, label + " square gradient")
-        del doubled
+        del power, doubled
         return [g]
 
     square = tape.new(numel, FP32, label + " square")

@@ -32,6 +32,7 @@ def check_finetuning(cfg: RunConfig) -> None:
 
 def linear_paths(model: ModelConfig) -> tuple[str, ...]:
     """Names of the Linears (GPT-2's: Conv1D) of the model's blocks; with Hugging Face an untied head's too."""
+    parts: tuple[str, ...]
     if model.family == "gpt2":
         parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     else:

@@ -30,6 +30,14 @@ MORE = [
     ["adapter=dora", "precision=bf16_pure"],
     ["adapter=dora", "precision=bf16_pure", "adapter.dropout=0.0", "checkpointing=full"],
     ["adapter=dora", "adapter.target_modules=[o_proj,up_proj]", "train.gradient_accumulation_steps=2"],
+    [*LORA, "loss=no_upcast"],  # the peak is in the loss
+    [
+        *LORA,
+        "adapter.target_modules=[q_proj]",
+        "train.micro_batch_size=4",
+        "model.vocab_size=400",
+        "loss=chunked",
+    ],  # in a norm
 ]
 
 
