@@ -27,7 +27,7 @@ def cross_entropy_without_upcast(ops: Ops, logits: Tensor, rows: int) -> Tensor:
     """lab.model.loss: the log-softmax and its gradient in the logits' type, one column of it picked per token.
 
     Backward: gather's gradient is a full matrix of zeros with one number per row, and so is the logits'. Where
-    PyTorch's dispatcher is watched, as on a CPU here, the numbers go into a copy (FunctionsManual.cpp, gather_backward).
+    PyTorch's dispatcher is watched, as on a CPU here, numbers go into a copy (FunctionsManual.cpp: gather_backward).
     """
     numel, size, tape = logits.numel, logits.itemsize, ops.tape
     node = tape.node([logits], lambda _: [tape.new(numel, size, "logits gradient", LOSS)])
