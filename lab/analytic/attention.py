@@ -92,26 +92,59 @@ def fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, backend:
             ops.scratch(expanded + FP32 * (a.q_numel + rows) + 256, "cuDNN attention workspace")
             return [gq, gk, gv]
         tall = _round_up(a.s, 128)
-        wide = _round_up(a.d, 32) if a.d <= 128 else _round_up(a.d, 64)
         sums = tape.new(a.b * a.n * tall, FP32, "attention backward row sums")
-        accumulator = tape.new(a.b * a.n * tall * wide, FP32, "fp32 query gradient accumulator")
+        accumulator = tape.new(a.b * a.n * tall * _wide(a.d), FP32, "fp32 query gradient accumulator")
         both = [tape.new(a.q_numel, size, "expanded key/value gradient") for _ in range(2 if grouped else 0)]
-        del sums, accumulator, both
+        del both, accumulator, sums  # C++ locals go last first
         return [gq, gk, gv]
 
     node = tape.node([q, k, v], backward, [k, q, v])  # declared by name: key, query, value
+    cudnn, random_state = backend is AttentionBackend.CUDNN, []
+    if cudnn:  # made before the graph runs; flash makes them while it does
+        random_state = [ops.kept_or(1, 8, "attention random state") for _ in range(seeds)]
     out = ops.kept_or(a.q_numel, size, "attention output")
     lse_rows = a.b * a.n * (_round_up(a.s, 32) if backend is AttentionBackend.MEM_EFFICIENT else a.s)
     lse = ops.kept_or(lse_rows, FP32, "log-sum-exp")
-    random_state = [ops.kept_or(1, 8, "attention random state") for _ in range(seeds)]
-    tape.save(node, out)
-    tape.save(node, lse)
-    for t in random_state:
-        tape.save(node, t)
-    if gpu and backend is AttentionBackend.CUDNN:
+    if cudnn:
         ops.scratch(256, "cuDNN workspace")
+    else:
+        splits = flash_splits(a, ops.num_streaming_multiprocessors) if seeds else 1
+        parts = [tape.new(splits * rows * width, FP32, "attention splits") for width in (1, _wide(a.d)) if splits > 1]
+        random_state = [ops.kept_or(1, 8, "attention random state") for _ in range(seeds)]
+        while parts:
+            parts.pop(0)
+    tape.save(node, lse)
+    tape.save(node, out)
+    del lse
+    while random_state:
+        tape.save(node, random_state.pop(0))
     out.node = node
     return out
+
+
+def _wide(d: int) -> int:
+    """Flash's head_size_rounded."""
+    return _round_up(d, 32) if d <= 128 else _round_up(d, 64)
+
+
+def flash_splits(a: AttentionShape, num_sms: int) -> int:
+    """Into how many parts flash's forward cuts the keys, where rows alone would leave multiprocessors idle; 1: none.
+
+    Each part has an fp32 output and log-sum-exp of its own, summed at the end.
+    Source: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, set_params_splitkv, num_splits_heuristic.
+    """
+    row_blocks, slots = a.b * a.n * -(-a.s // 64), 2 * num_sms
+    key_blocks = -(-a.s // (256 if a.d <= 64 else 128 if a.d <= 128 else 64))
+    if row_blocks >= 0.8 * slots:
+        return 1
+    eligible = [
+        n
+        for n in range(1, min(128, slots, key_blocks) + 1)
+        if n == 1 or -(-key_blocks // n) != -(-key_blocks // (n - 1))
+    ]
+    efficiency = {n: row_blocks * n / slots / -(-row_blocks * n // slots) for n in eligible}
+    best = max(efficiency.values(), default=0.0)
+    return next((n for n in eligible if efficiency[n] >= 0.85 * best), 1)
 
 
 def repeat_kv(ops: Ops, x: Tensor, a: AttentionShape, label: str) -> Tensor:
@@ -195,12 +228,17 @@ def eager(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout:
     wide = ops.cast(weights, FP32, "scores, fp32")
     soft = _softmax(ops, wide, "attention weights, fp32")
     del wide
-    weights = ops.cast(soft, size, "attention weights")
+    narrow = ops.cast(soft, size, "attention weights")
     del soft
+    weights = narrow
+    del narrow
     if dropout:
         weights = ops.dropout(weights, "attention dropout")
     cv = v if grouped else _side_by_side(ops, v, a, "value")
     out = _matmul(ops, weights, cv, a.q_numel, "attention output", grad_copy=a.q_numel if a.b > 1 else 0)
+    del cv  # then the function's local variables, in their order
+    del k, v
+    del weights
     del causal, lower
     return out
 

@@ -79,12 +79,21 @@ class Decoder:
 
     def _make_rope_tables(self) -> None:
         """lab.model.decoder.rope_tables, at the first forward: angles, cos and sin in fp32, then their casts, kept."""
-        numel, size = self.cfg.train.seq_len * self.cfg.model.head_dim, self.ops.amp or self.compute_itemsize
+        seq_len, pairs = self.cfg.train.seq_len, self.cfg.model.head_dim // 2
+        numel, size = seq_len * self.cfg.model.head_dim, self.ops.amp or self.compute_itemsize
+        exponent = self.ops.new(pairs, FP32, "rope frequencies")  # torch.arange, its negative, that over the width
+        for _ in range(2):
+            exponent = self.ops.new(pairs, FP32, "rope frequencies")
+        frequencies = self.ops.new(pairs, FP32, "rope frequencies")
+        self.ops.scratch(FP32, "rope frequencies")  # pow_Scalar_out's base, as a tensor
+        del exponent
+        positions = self.ops.new(seq_len, FP32, "rope positions")
         angles = self.ops.new(numel // 2, FP32, "rope angles")
+        del positions
         angles = self.ops.new(numel, FP32, "rope angles")
         for name in ("cos", "sin"):
             self.rope_tables.append(self.ops.new(numel, FP32, f"rope {name}", MemoryCategory.ACTIVATIONS))
-        del angles
+        del frequencies, angles
         if size != FP32:
             self.rope_tables += [
                 self.ops.new(numel, size, f"rope {name}", MemoryCategory.ACTIVATIONS) for name in ("cos", "sin")
@@ -212,10 +221,10 @@ class Decoder:
     def _head_loss(self, x: Tensor, rows: int, keep_logits: bool = False) -> Tensor:
         """Logits, their fp32 copy, the loss. ``keep_logits``: a local variable holds the logits to the end."""
         logits = self._logits(x, rows)
-        wide = self.ops.cast(logits, FP32, "logits, fp32")
-        if not keep_logits:
-            del logits
-        return cross_entropy(self.ops, wide)
+        if keep_logits:
+            return cross_entropy(self.ops, self.ops.cast(logits, FP32, "logits, fp32"))
+        logits = self.ops.cast(logits, FP32, "logits, fp32")
+        return cross_entropy(self.ops, logits)
 
     def _chunked_loss(self, x: Tensor) -> Tensor:
         """lab.model.loss: chunks of ceil(rows / num_chunks) tokens, each checkpointed, their losses summed."""

@@ -16,6 +16,12 @@ def cross_entropy(ops: Ops, logits: Tensor) -> Tensor:
     log_softmax = ops.new(numel, FP32, "log-softmax", LOSS)
     ops.tape.save(node, log_softmax)
     log_softmax.node = node
+    return _nll_loss(ops, log_softmax)
+
+
+def _nll_loss(ops: Ops, log_softmax: Tensor) -> Tensor:
+    """A frame of its own: where a recomputation ends at its last saved tensor, the loss goes before the logits."""
+    numel, tape = log_softmax.numel, ops.tape
     nll = tape.node([log_softmax], lambda _: [tape.new(numel, FP32, "log-softmax gradient", LOSS)], [log_softmax])
     loss = ops.new(1, FP32, "loss", LOSS)
     ops.tape.save(nll, ops.new(1, FP32, "total weight", LOSS))

@@ -258,8 +258,10 @@ class Ops:
                 gx = tape.new(numel_x, size, label + " input gradient")
             if needs_w:
                 gw = tape.new(out_features * in_features, size, f"gradient of {name}")
-            ops.matmul_workspace("backward", lt=False)
-            if not bias_size and needs_x:
+            elif not bias_size and needs_x:
+                gx = tape.new(numel_x, size, label + " input gradient")
+            ops.matmul_workspace("backward", lt=False)  # at the first product, whose output is there
+            if not bias_size and needs_x and needs_w:
                 gx = tape.new(numel_x, size, label + " input gradient")
             if needs_b:
                 gb = tape.new(out_features, size, f"gradient of {name} bias")

@@ -13,6 +13,7 @@ from lab.config import OptimizerConfig
 from lab.vocab import MemoryCategory
 
 STATES = MemoryCategory.OPTIMIZER_STATES
+FOREACH_CHUNK = 65536  # kChunkSize, aten/src/ATen/native/cuda/MultiTensorApply.cuh
 Shape = tuple[int, ...]
 
 
@@ -90,16 +91,29 @@ class TorchOptimizer(Optimizer):
                 self.states.append(new(n, size, "momentum_buffer", STATES))
 
 
-def clip_gradients(tape: Tape, count: int, itemsize: int) -> Tensor:
+def clip_gradients(tape: Tape, gradients: Sequence[tuple[int, int]]) -> Tensor:
     """torch.nn.utils.clip_grad_norm_: a norm per gradient, their stack, the total and the coefficient.
 
-    Scalars only, in the gradients' type (foreach multiplies in place). Returns the total norm, which the caller may
-    keep.
+    ``gradients``: (elements, element size). Scalars in their type, and on a GPU a partial norm in fp32 per chunk of
+    65536 elements, for every gradient as many as the largest has (ForeachReduceOp.cu, foreach_tensor_norm_cuda).
+    foreach multiplies in place. Returns the total norm, which the caller may keep.
     """
-    norms = [tape.new(1, itemsize, "gradient norm") for _ in range(count)]
-    stacked = tape.new(count, itemsize, "gradient norms")
+    norms = []
+    for itemsize in dict.fromkeys(size for _, size in gradients):  # a foreach call per type
+        group = [numel for numel, size in gradients if size == itemsize]
+        partial = len(group) * max(-(-numel // FOREACH_CHUNK) for numel in group) if tape.trace.on_device_kernels else 0
+        sums = tape.new(partial, FP32, "gradient norms, partial") if partial else None
+        norms += [tape.new(1, itemsize, "gradient norm") for _ in group]
+        del sums
+    itemsize = max(size for _, size in gradients)
+    stacked = tape.new(len(norms), itemsize, "gradient norms")
     total = tape.new(1, itemsize, "total norm")
-    del norms, stacked
-    coefficients = [tape.new(1, itemsize, "clip coefficient") for _ in range(3)]
-    del coefficients
+    del stacked
+    norms.clear()
+    # max_norm / (total + 1e-6) is a reciprocal and a product; clamp
+    sums, reciprocal = tape.new(1, itemsize, "clip coefficient"), tape.new(1, itemsize, "clip coefficient")
+    coefficient = tape.new(1, itemsize, "clip coefficient")
+    del reciprocal, sums
+    clamped = tape.new(1, itemsize, "clip coefficient")
+    del coefficient, clamped
     return total

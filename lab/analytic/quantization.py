@@ -16,6 +16,7 @@ from math import prod
 from lab.analytic.architecture import ParameterSpec
 from lab.analytic.gemm_4bit import runs_as_one_kernel
 from lab.analytic.ops import Ops, Parameter, Quantized
+from lab.analytic.reduce import norm_workspace_bytes
 from lab.analytic.tape import BF16, FP32, Grads, Node, Tape, Tensor
 from lab.config import QuantizationConfig
 from lab.vocab import MemoryCategory
@@ -76,8 +77,8 @@ def compute_itemsize(cfg: QuantizationConfig) -> int:
 class Quantizer:
     """Makes stored weights; keeps bitsandbytes' global 8-bit code table, made for the first double quantization."""
 
-    def __init__(self, tape: Tape, cfg: QuantizationConfig) -> None:
-        self.tape, self.cfg = tape, cfg
+    def __init__(self, tape: Tape, cfg: QuantizationConfig, num_sms: int = 0) -> None:
+        self.tape, self.cfg, self.num_sms = tape, cfg, num_sms
         self.global_code: Tensor | None = None
 
     def store(self, spec: ParameterSpec, value: Tensor) -> tuple[Tensor, Quantized]:
@@ -97,18 +98,29 @@ class Quantizer:
         if not info.nested:
             info.state.append(state("absmax"))
             packed = tape.new(elements, size, name, MemoryCategory.PARAMETERS)
-            info.state.append(state("4-bit code"))
+            info.state.append(self._code(state("4-bit code")))
             return packed, info
         blocks = sizes["absmax, 8 bit"]
         absmax = tape.new(blocks, FP32, "absmax to be quantized")
         packed = tape.new(elements, size, name, MemoryCategory.PARAMETERS)
-        info.state += [state("4-bit code"), state("absmax offset")]
+        info.state += [self._code(state("4-bit code")), state("absmax offset")]
+        if partial := norm_workspace_bytes(blocks, self.num_sms, FP32) if self.num_sms else 0:  # absmax.mean()
+            sums = tape.new(partial, 1, "absmax mean, partial sums")
+            tape.new(FP32, 1, "absmax mean, semaphores")
+            del sums
         difference = tape.new(blocks, FP32, "absmax minus its mean")
         if self.global_code is None:
             self.global_code = tape.new(CODE_8BIT, FP32, "bitsandbytes' 8-bit code", STATE)
         info.state += [state("nested absmax"), state("absmax, 8 bit"), state("8-bit code")]
         del absmax, difference
         return packed, info
+
+    def _code(self, code: Tensor) -> Tensor:
+        """get_4bit_type: the table divided by its largest magnitude, data.div_(data.abs().max())."""
+        magnitudes = self.tape.new(CODE_4BIT, FP32, "4-bit code, magnitudes")
+        largest = self.tape.new(1, FP32, "4-bit code, magnitudes")
+        del magnitudes, largest
+        return code
 
 
 def linear_4bit(
@@ -154,10 +166,14 @@ def linear_4bit(
         ops.matmul_workspace("forward", lt=b is not None)
     else:
         y = ops.new(rows * out_features, compute_size, label)
-    held.clear()
+    while held:
+        held.pop(0)
     y.node = node
-    del a, node
-    return ops.cast(y, size_in, label + ", input's type")
+    del node
+    out = ops.cast(y, size_in, label + ", input's type")
+    del y
+    del a  # x = x.to(self.compute_dtype) is a local of the module's forward
+    return out
 
 
 def linear_int8(ops: Ops, x: Tensor, w: Parameter, b: Parameter | None, rows: int, label: str) -> Tensor:
@@ -216,7 +232,7 @@ def _int8_on_cpu(ops: Ops, x: Tensor, w: Parameter, rows: int, label: str) -> Te
     if amp != x.itemsize:
         held = [ops.new(x.numel, amp, label + " input, autocast copy")]
         held.append(ops.new(w.quantized.numel, amp, f"dequantized {w.name}, autocast copy"))
-    y = ops.new(rows * w.shape[0], amp, label)
+    y = ops.kept_or(rows * w.shape[0], amp, label)  # F.linear in plain sight: a selective policy keeps it
     held.clear()
     del weight
     return y

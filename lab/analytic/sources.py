@@ -72,6 +72,8 @@ SOURCES: tuple[Source, ...] = (
     _rule(f"absmax offset of {_PARAM}", NAMED, "mean of the maxima", "1", _BNB, 4),
     _rule(f"dequantized {_PARAM}(?:, .*)?", NAMED, "whole weight, for one product", "w", _BNB),
     _rule("dequantized absmax|absmax to be quantized|absmax minus its mean", ALL, "fp32 maxima", "", _BNB, 4),
+    _rule("4-bit code, magnitudes", ALL, "the table while it is normalised", "", f"{_BNB}, get_4bit_type", 4),
+    _rule("absmax mean, partial sums|absmax mean, semaphores", ALL, "scratch of the reduction", "", _REDUCE),
     _rule("row scales", ALL, "row maxima over 127", "", _BNB, 4),
     # -- adapters ------------------------------------------------------------------------------------
     _rule(f"DoRA (?:identity|A) of {_PARAM}(?: input.*)?", NAMED, "identity [in, in]; A of it", _SQUARES, _DORA),
@@ -128,6 +130,8 @@ SOURCES: tuple[Source, ...] = (
     _rule(
         f"gathered {_PARAM}", NAMED, "whole parameter", "w | cdiv(w, N) * N | cdiv(w0, G) * w1 * G", f"{_STAGE3}; fsdp"
     ),
+    _rule("DDP parameter counts|DDP parameter shapes", ALL, "compared across ranks", "", "torch c10d/reducer.cpp", 8),
+    _rule("DDP used-parameter map", ALL, "static_graph: int32 per parameter", "", "torch c10d/reducer.cpp", 4),
     _rule("DDP bucket", ALL, "gradients in order of arrival up to bucket_cap_mb", "", "torch c10d/reducer.cpp"),
     _rule("ZeRO(?:-3)? reduce bucket", ALL, "ipg bucket, reduce_bucket_size elements", "B", _STAGE12),
     _rule("flattened bucket", ALL, "allreduce_bucket's flat copy of what is reduced at once", "", _STAGE12),
@@ -160,6 +164,8 @@ SOURCES: tuple[Source, ...] = (
     _rule("loss in output_dtype", HEAD, "scalar", "1", "accelerate utils/dataclasses.py", 2),
     _rule("loss gradient, fp32", HEAD, "scalar", "1", "torch distributed/fsdp/_fully_shard/_fsdp_state.py", 4),
     _rule("loss scale|growth tracker", HEAD, "scalar of the gradient scaler", "1", "torch amp/grad_scaler.py", 4),
+    _rule("rope frequencies", ATTENTION, "while the tables are made", "d // 2 | 1", "lab/model", 4),
+    _rule("rope positions", ATTENTION, "while the tables are made", "s", "lab/model", 4),
     _rule("rope (?:cos|sin)", ATTENTION, "rotary table", "s * d", "lab/model"),
     _rule("position ids", "position", "indices", "s", "lab/model", 8),
     _rule("position", "position", "rows of the position table", "s * h", "lab/model"),
@@ -216,6 +222,7 @@ SOURCES: tuple[Source, ...] = (
         "torch flash_api.cpp; cuda/attention_backward.cu",
         4,
     ),
+    _rule("attention splits", ATTENTION, "output or log-sum-exp per part of the keys", "", "torch flash_api.cpp", 4),
     _rule("gradient times output", ATTENTION, "before it is summed per row", _Q, "torch attention_backward.cu", 4),
     _rule(
         "fp32 query gradient accumulator",
@@ -259,6 +266,7 @@ SOURCES: tuple[Source, ...] = (
     _rule("norm, semaphore", "libraries", "of a reduction", "1", _REDUCE, 4),
     _rule("gradient plus weight decay", ALL, "for the step", "", "torch optim/sgd.py"),
     _rule(r"sqrt\(exp_avg_sq\)|AdamW denominator", ALL, "for the step", "", "torch optim/adamw.py"),
+    _rule("gradient norms, partial", ALL, "a norm per chunk of 65536 elements", "", "torch ForeachReduceOp.cu", 4),
     _rule("gradient norms", ALL, "a norm per gradient", "T", "torch nn/utils/clip_grad.py", 4),
     _rule("inf_or_nan_tracker|tensor of the barrier", ALL, "a bool", "1", _STAGE3, 1),
     _rule(

@@ -32,7 +32,7 @@ class Rule:
     def __init__(self, cfg: RunConfig, tape: Tape, specs: list[ParameterSpec]) -> None:
         self.cfg, self.tape, self.specs = cfg, tape, specs
         self.trained = [s for s in specs if s.trainable]
-        self.quantizer = Quantizer(tape, cfg.quantization)
+        self.quantizer = Quantizer(tape, cfg.quantization, cfg.hardware.num_streaming_multiprocessors)
         self.world = cfg.world_size
         self.half = cfg.precision.kind is not Precision.FP32
         self.optimizer = make_optimizer(tape, cfg)
@@ -106,7 +106,7 @@ class Rule:
     def optimizer_step(self) -> None:
         norm: Tensor | None = None
         if self.cfg.train.max_grad_norm is not None:
-            norm = clip_gradients(self.tape, len(self.trained), max(self.itemsize_of(s) for s in self.trained))
+            norm = clip_gradients(self.tape, self.optimizer_parameters())
         del norm
         self.optimizer.step(self.optimizer_parameters(), self.optimizer_shapes())
 

@@ -36,7 +36,7 @@ class _Clipped(Rule):
 
     def optimizer_step(self) -> None:
         self.grad_norm = None
-        self.grad_norm = clip_gradients(self.tape, len(self.trained), max(self.itemsize_of(s) for s in self.trained))
+        self.grad_norm = clip_gradients(self.tape, self.optimizer_parameters())
         for group, members in enumerate(self._groups()):
             sizes = [(s.numel, self.itemsize_of(s)) for s in members]
             self.optimizer.step(sizes, [s.shape for s in members], group=group)

@@ -31,30 +31,58 @@ class DDP(Rule):
     the next collective is then the broadcast of the new buckets' order (reducer.cpp, sync_bucket_indices), and the
     old bucket goes before the new ones are made. Otherwise it is the first all-reduce of the second step here; in
     a run the watchdog may pass earlier (a slow first optimizer step), or later (very fast steps).
+
+    ``static_graph``: the first backward only counts what is used, in a map of its own; gradients go into the bucket
+    when it is over (delay_all_reduce). They arrive one by one in the second step, so the third makes the buckets anew.
     """
 
     repeats_from = 2  # the second step makes the buckets anew
 
     def build(self) -> None:
         super().build()
+        self._compare_shapes()
         self._broadcast()
         self.arrived: list[ParameterSpec] = []
         self.rebuilt = False
         self.buckets = self.first_buckets()
         self.first_bucket: list[Tensor] = []
         self.reduced = 0  # elements of gradients that came since the buckets were made anew
+        self.begun = 0  # steps
+        self.used: list[Tensor] = []
+        if self.cfg.parallel.ddp.static_graph:  # initialize_local_used_map: one on the host, one on the device
+            self.repeats_from = self.steady_step = 3
+            maps = 1 if self.tape.trace.on_device_kernels else 2
+            category = MemoryCategory.COMM_BUFFERS
+            self.used = [self.tape.new(len(self.trained), 4, "DDP used-parameter map", category) for _ in range(maps)]
 
     def first_buckets(self) -> list[Tensor]:
         """One for everything: what no unused parameters are looked for is made anew anyway."""
         return self._buckets(self.trained, [sum(s.numel * self.itemsize_of(s) for s in self.trained)])
 
+    def _compare_shapes(self) -> None:
+        """_verify_param_shape_across_processes: how many parameters each rank has, then sizes and strides, on a GPU.
+
+        Source: torch/csrc/distributed/c10d/reducer.cpp, verify_params_across_processes; NCCL gathers into one tensor.
+        """
+        if not self.tape.trace.on_device_kernels:
+            return
+        counts = [self.tape.new(1, 8, "DDP parameter counts") for _ in range(1 + self.world)]
+        self.tape.new(self.world, 8, "DDP parameter counts")
+        self.tape.new(2 * sum(len(s.shape) for s in self.trained), 8, "DDP parameter shapes")
+        del counts
+
     def _broadcast(self) -> None:
-        """_sync_module_states: flat copies of up to 250 MiB (and the parameter that fills one), two at a time."""
-        flying: list[Tensor] = []
-        for numel, size in self._assign([self._stored(s) for s in self.specs], [BROADCAST_BYTES]):
+        """_sync_module_states: flat copies of up to 250 MiB (and the parameter that fills one), two at a time.
+
+        flatten_dense_tensors of one tensor is a view of it, no copy (torch/csrc/utils/tensor_flatten.h).
+        """
+        flying: list[Tensor | None] = []
+        buckets = self._assign([self._stored(s) for s in self.specs], [BROADCAST_BYTES])
+        for _, numel, size, count in sorted(buckets):
             if len(flying) == 2:
                 flying.pop(0)
-            flying.append(self.tape.new(numel, size, "DDP broadcast", MemoryCategory.COMM_BUFFERS))
+            category = MemoryCategory.COMM_BUFFERS
+            flying.append(self.tape.new(numel, size, "DDP broadcast", category) if count > 1 else None)
         while flying:
             flying.pop(0)
 
@@ -65,34 +93,46 @@ class DDP(Rule):
     def _buckets(self, order: list[ParameterSpec], caps: list[int]) -> list[Tensor]:
         category = MemoryCategory.COMM_BUFFERS
         sizes = self._assign([(s.numel, self.itemsize_of(s)) for s in order], caps)
-        return [self.tape.new(numel, size, "DDP bucket", category) for numel, size in sizes]
+        return [self.tape.new(numel, size, "DDP bucket", category) for _, numel, size, _ in sizes]
 
-    def _assign(self, tensors: list[tuple[int, int]], caps: list[int]) -> list[tuple[int, int]]:
+    def _assign(self, tensors: list[tuple[int, int]], caps: list[int]) -> list[tuple[int, int, int, int]]:
         """compute_bucket_assignment_by_size: a bucket closes when it reaches its cap, in bytes; one type each.
 
-        (elements, element size) of tensors -> of buckets. Every type counts through the caps by itself.
+        (elements, element size) of tensors -> (first tensor, elements, element size, tensors) of buckets, in the order
+        in which they close. Every type counts through the caps by itself.
         """
-        done: list[tuple[int, int]] = []
-        filled: dict[int, int] = {}
+        done: list[tuple[int, int, int, int]] = []
+        filled: dict[int, tuple[int, int, int, int]] = {}
         left: dict[int, list[int]] = {}
-        for numel, size in tensors:
-            filled[size] = filled.get(size, 0) + numel
+        for i, (numel, size) in enumerate(tensors):
+            first, elements, _, count = filled.get(size, (i, 0, size, 0))
+            filled[size] = (first, elements + numel, size, count + 1)
             own = left.setdefault(size, caps)
-            if filled[size] * size >= own[0]:
-                done.append((filled.pop(size), size))
+            if (elements + numel) * size >= own[0]:
+                done.append(filled.pop(size))
                 left[size] = own[1:] or own
-        return done + [(numel, size) for size, numel in filled.items()]
+        return done + list(filled.values())
 
     @property
     def released(self) -> bool:
-        """Does the engine wait until the first bucket is nobody's but DDP's? transformers' Trainer has its own loop."""
-        return self.cfg.parallel.ddp.release_first_bucket and self.cfg.engine.kind != "hf_trainer"
+        """Does the engine wait until the first bucket is nobody's but DDP's? transformers' Trainer has its own loop.
+
+        It waits after the first step: a static graph uses that bucket in the second once more.
+        """
+        options = self.cfg.parallel.ddp
+        return options.release_first_bucket and not options.static_graph and self.cfg.engine.kind != "hf_trainer"
 
     def bucket_caps(self) -> list[int]:
         """Caps in bytes of the buckets made in the second step; the last one holds for all that follow."""
         return [int(self.cfg.parallel.ddp.bucket_cap_mb * MIB)]
 
+    @property
+    def _delays(self) -> bool:
+        return self.cfg.parallel.ddp.static_graph and self.begun == 1
+
     def grad_ready(self, spec: ParameterSpec, parameter: Parameter) -> None:
+        if self._delays:
+            return
         if not self.rebuilt and self.last_micro_step:
             self.arrived.append(spec)
         elif self.first_bucket and self.last_micro_step:
@@ -103,7 +143,11 @@ class DDP(Rule):
             parameter.accumulator.grad = None
 
     def finish_backward(self) -> None:
-        self._count_buckets_as(MemoryCategory.GRADIENTS)
+        if self.last_micro_step:  # until then gradients are tensors of their own, beside the buckets
+            if self._delays and self.cfg.parallel.ddp.gradient_as_bucket_view:
+                for spec in self.trained:
+                    self.parameters[spec.name].accumulator.grad = None
+            self._count_buckets_as(MemoryCategory.GRADIENTS)
 
     def zero_grad(self) -> None:
         super().zero_grad()
@@ -116,7 +160,8 @@ class DDP(Rule):
                 bucket.storage.move(category)
 
     def start_step(self) -> None:
-        # Reducer::rebuild_buckets runs at the second forward.
+        # Reducer::rebuild_buckets runs at the next forward.
+        self.begun += 1
         if self.arrived and not self.rebuilt:
             self.rebuilt, self.reduced = True, 0
             self.first_bucket = self.buckets if self.tape.trace.on_device_kernels and not self.released else []
