@@ -89,6 +89,9 @@ class ReplicatedEngine(TorchStep):
                 for size in str(log.get(name, "")).split(","):
                     if size.strip():
                         yield MemoryCategory.COMM_BUFFERS, int(size)
+            if self.model.static_graph:  # which parameters are used, on the host and on the device
+                count = sum(p.requires_grad for p in self.decoder.parameters())
+                yield from [(MemoryCategory.COMM_BUFFERS, 4 * count)] * 2
 
     def close(self) -> None:
         self.drop_states()

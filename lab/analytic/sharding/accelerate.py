@@ -35,6 +35,11 @@ class AccelerateDDP(DDP):
 
     always_divides_loss = True
 
+    @property
+    def reduces(self) -> bool:
+        """Accelerator.no_sync does nothing with one process (accelerator.py, use_distributed)."""
+        return super().reduces or self.world == 1
+
     def bucket_caps(self) -> list[int]:
         caps = super().bucket_caps()
         return [FIRST_BUCKET_BYTES, *caps] if self.cfg.parallel.ddp.bucket_cap_mb == DDPOptions.bucket_cap_mb else caps

@@ -127,23 +127,29 @@ class DDP(Rule):
         return [int(self.cfg.parallel.ddp.bucket_cap_mb * MIB)]
 
     @property
+    def reduces(self) -> bool:
+        """Does this micro-step's backward reduce? Until the last, no_sync leaves gradients to themselves."""
+        return self.last_micro_step
+
+    @property
     def _delays(self) -> bool:
         return self.cfg.parallel.ddp.static_graph and self.begun == 1
 
     def grad_ready(self, spec: ParameterSpec, parameter: Parameter) -> None:
         if self._delays:
             return
-        if not self.rebuilt and self.last_micro_step:
-            self.arrived.append(spec)
-        elif self.first_bucket and self.last_micro_step:
+        if not self.rebuilt and self.reduces:
+            if len(self.arrived) < len(self.trained):
+                self.arrived.append(spec)
+        elif self.first_bucket and self.reduces:
             self.reduced += spec.numel
             if self.reduced >= self.buckets[0].numel:
                 self.first_bucket.clear()
-        if self.cfg.parallel.ddp.gradient_as_bucket_view and self.last_micro_step:
+        if self.cfg.parallel.ddp.gradient_as_bucket_view and self.reduces:
             parameter.accumulator.grad = None
 
     def finish_backward(self) -> None:
-        if self.last_micro_step:  # until then gradients are tensors of their own, beside the buckets
+        if self.reduces:  # until then gradients are tensors of their own, beside the buckets
             if self._delays and self.cfg.parallel.ddp.gradient_as_bucket_view:
                 for spec in self.trained:
                     self.parameters[spec.name].accumulator.grad = None

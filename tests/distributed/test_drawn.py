@@ -1,0 +1,36 @@
+"""Points that random draws found to be predicted wrongly, trained on a CPU: to the byte since."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.distributed.small_run import small_run
+from tests.distributed.test_qlora import train_all
+
+VIEW = "parallel.ddp.gradient_as_bucket_view=true"
+DDP = ["parallel=ddp", "world_size=1"]
+POINTS = [
+    # the first backward's gradients go into the bucket when it is over; the third step makes the buckets anew
+    [*DDP, "parallel.ddp.static_graph=true", VIEW, "parallel.ddp.bucket_cap_mb=0.1"],
+    [*DDP, "parallel.ddp.static_graph=true", "precision=bf16_pure"],
+    # gradients of a micro-step before the last are not in the buckets
+    [*DDP, VIEW, "train.gradient_accumulation_steps=2"],
+    # F.linear inside of bitsandbytes' function is what a selective policy keeps
+    ["adapter=lora", "quantization=int8", "checkpointing=selective"],
+    # the loss is the peak: gather's gradient is written into a copy
+    ["adapter=lora", "loss=no_upcast", "train.micro_batch_size=2"],
+    # Accelerator.no_sync does nothing with one process
+    [*DDP, "engine=accelerate", VIEW, "train.gradient_accumulation_steps=2"],
+]
+
+
+def test_drawn_points_are_predicted_to_the_byte(tmp_path: Path) -> None:
+    small = ["model=tiny", "measure=ledger", *small_run(tmp_path, steps=4)]
+    results = train_all([[*small, *point] for point in POINTS], tmp_path)
+    steady: list[Any] = [
+        {k: v for k, v in dict(r["off"]).items() if k.startswith("steady") or i < len(POINTS) - 1}  # type: ignore[call-overload]
+        for i, r in enumerate(results)
+    ]
+    found = zip(POINTS, results, steady, strict=True)
+    assert [(p, r["status"], off) for p, r, off in found if r["status"] != "ok" or off] == []
