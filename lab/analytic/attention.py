@@ -262,8 +262,9 @@ def math(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout: 
     ones = ops.new(square, BOOL, "causal mask")
     lower = ops.new(square, BOOL, "causal mask")
     del ones
+    chosen = [ops.new(1, FP32, "causal mask") for _ in range(2 if gpu else 0)]  # 0 where it holds, -inf elsewhere
     mask = ops.new(square, FP32, "additive causal mask")
-    del lower
+    del chosen, lower
     held = [q32, k32, v32, scaled_q, mask]
     del q32, mask
     if grouped:
@@ -281,9 +282,10 @@ def math(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout: 
         del masked
     soft = _softmax(ops, scores, "attention weights")
     if gpu:  # _safe_softmax looks for fully masked rows: a bool per score and one per row
+        masked_scores = ops.new(a.weights_numel, BOOL, "masked scores, bool")
         row = ops.new(a.weights_numel // a.s, BOOL, "masked rows")
-        ops.scratch(a.weights_numel, "masked scores, bool")
-        del row
+        ops.scratch(FP32, "masked rows")  # the zero that they get
+        del row, masked_scores
     del scores
     if dropout:
         soft = ops.dropout(soft, "attention dropout")
@@ -307,10 +309,12 @@ def in_heads(
     """
     if backend not in WRITTEN_OUT:
         return q, k, v
-    q = _gradient_copied(ops, q, "query")
-    if a.n != a.k:
-        k = _gradient_copied(ops, k, "key")
-    return q, k, _gradient_copied(ops, v, "value")
+    if a.n > 1:  # a single head lies as its Linear's output does
+        q = _gradient_copied(ops, q, "query")
+    if a.k > 1:
+        k = _gradient_copied(ops, k, "key") if a.n != a.k else k
+        v = _gradient_copied(ops, v, "value")
+    return q, k, v
 
 
 def flattened_key(ops: Ops, k: Tensor, a: AttentionShape, backend: AttentionBackend) -> Tensor:

@@ -16,10 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from weakref import ref
 
 from lab.analytic.ops import Ops, Parameter
-from lab.analytic.tape import Accumulator, Grads, Node, Tensor, viewed
+from lab.analytic.tape import Accumulator, Grads, Tensor, viewed
 from lab.vocab import MemoryCategory
 
 MAGNITUDE = ".lora_magnitude_vector"
@@ -146,31 +145,24 @@ def _minus_one(ops: Ops, ratio: Tensor, label: str) -> Tensor:
 def _times_row(ops: Ops, row: Tensor, x: Tensor, rows: int, label: str) -> Tensor:
     """row [1, out] * x [rows, out] in row's type. Keeps x, and row if x needs a gradient.
 
-    Backward makes x's gradient and row's. When its function has returned, the engine (validate_outputs) sums the
-    latter over rows, which gives a view, and casts the former; recomputed tensors, its locals, are gone by then.
+    Backward makes x's gradient and row's. Then the engine sums the latter over rows, which gives a view, and casts the
+    former.
     """
     tape, columns, numel, size, narrow = ops.tape, row.numel, x.numel, max(row.itemsize, x.itemsize), x.itemsize
     needs_x = x.node is not None
-    own: list[ref[Node]] = []  # weakly: a node that holds itself would outlive its graph
 
     def backward(grads: Grads) -> Grads:
         gx = tape.new(numel, size, label + " gradient") if needs_x else None
-        product = tape.new(numel, size, label + " gradient")
-        node = own[0]()
-        if node is not None and node.unpack is not None:
-            node.saved.clear()
+        return [tape.new(numel, size, label + " gradient"), gx]
+
+    def validate(outputs: Grads) -> None:
         summed = tape.new(columns, size, label + " summed gradient")
         ops.column_sum(rows, columns)
-        del product
+        outputs[0] = viewed(summed)
         if needs_x and narrow != size:
-            cast = tape.new(numel, narrow, label + " gradient, narrow")
-            gx = cast
-            del cast
-        return [viewed(summed), gx]
+            outputs[1] = tape.new(numel, narrow, label + " gradient, narrow")
 
-    node = tape.node([row, x], backward, [x, row if needs_x else None])
-    if node is not None:
-        own.append(ref(node))
+    node = tape.node([row, x], backward, [x, row if needs_x else None], validate=validate)
     y = ops.new(numel, size, label)
     y.node = node
     return y

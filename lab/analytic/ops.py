@@ -158,6 +158,11 @@ class Ops:
         region.kept.append(out.view())
         return out
 
+    @property
+    def taken_back(self) -> bool:
+        """Does no product run, because a selective policy kept its output?"""
+        return self.region is not None and self.region.kept is not None and self.region.replaying
+
     # -- embedding, residual, dropout ---------------------------------------------------------
 
     def embedding(self, p: Parameter, numel_out: int, label: str, rows: int, indices: Tensor | None = None) -> Tensor:
@@ -253,7 +258,7 @@ class Ops:
         needs_b = bias is not None and bias.node is not None
 
         def backward(grads: Grads) -> Grads:
-            gx = gw = gb = None
+            gx = gw = None
             if bias_size and needs_x:
                 gx = tape.new(numel_x, size, label + " input gradient")
             if needs_w:
@@ -263,18 +268,21 @@ class Ops:
             ops.matmul_workspace("backward", lt=False)  # at the first product, whose output is there
             if not bias_size and needs_x and needs_w:
                 gx = tape.new(numel_x, size, label + " input gradient")
-            if needs_b:
-                gb = tape.new(out_features, size, f"gradient of {name} bias")
-                ops.column_sum(rows, out_features)
-            return [viewed(gx), gw, gb]
+            return [viewed(gx), gw, None]
+
+        def validate(outputs: Grads) -> None:  # the output's gradient, summed to the bias
+            outputs[2] = tape.new(out_features, size, f"gradient of {name} bias")
+            ops.column_sum(rows, out_features)
 
         bias_size = 0 if bias is None else bias.itemsize
         # Saved in declared order: addmm's mat1, mat2; mm's mat2, self; each for the other's gradient only.
         kept_x, kept_w = x if needs_w else None, turned if needs_x else None
-        node = tape.node([x, turned, bias], backward, [kept_x, kept_w] if bias_size else [kept_w, kept_x])
-        del kept_x, kept_w, turned
+        kept = [kept_x, kept_w] if bias_size else [kept_w, kept_x]
+        node = tape.node([x, turned, bias], backward, kept, validate=validate if needs_b else None)
+        del kept, kept_x, kept_w, turned
         y = self.kept_or(rows * out_features, size, label, category)
-        self.matmul_workspace("forward", lt=bool(bias_size))
+        if not self.taken_back:
+            self.matmul_workspace("forward", lt=bool(bias_size))
         del weight, bias
         y.node = node
         return y
@@ -342,8 +350,11 @@ class Ops:
             self.keep_parameter(node, p)
         y = self.new(numel, size, label)
         statistic_size = FP32 if tape.trace.on_device_kernels else size
-        for statistic in ("mean", "rstd") if kind == "layernorm" else ("rstd",):
-            self.tape.save(node, self.new(rows, statistic_size, f"{label} {statistic}"))
+        names = ("mean", "rstd") if kind == "layernorm" else ("rstd",)
+        statistics = [self.new(rows, statistic_size, f"{label} {name}") for name in names]
+        for statistic in statistics:
+            self.tape.save(node, statistic)
+        del statistics
         y.node = node
         return y
 

@@ -131,14 +131,20 @@ class Tensor:
 
 Grads = list["Tensor | None"]
 Backward = Callable[[Grads], Grads]
+Validate = Callable[[Grads], None]
 
 
 class Node:
-    """One autograd node: ``backward`` maps output gradients to input gradients, then ``saved`` is dropped."""
+    """One autograd node: ``backward`` maps output gradients to input gradients, then ``saved`` is dropped.
+
+    ``validate``, where there is one, changes those gradients in place: what the engine sums to an input's size or casts
+    to its type (engine.cpp, validate_outputs). Of a checkpointed region, recomputed tensors are gone by then: they are
+    locals of the node's function.
+    """
 
     __slots__ = (
         *("__weakref__", "attributes", "backward", "buffer", "deps", "edges", "hooks", "num_slots", "saved", "seq"),
-        "unpack",
+        *("unpack", "validate"),
     )
 
     def __init__(
@@ -148,6 +154,7 @@ class Node:
         backward: Backward,
         saved: Iterable[Tensor] = (),
         num_slots: int = 1,
+        validate: Validate | None = None,
     ) -> None:
         self.seq = tape.next_seq()
         self.edges = [(t.node, t.slot) if t is not None and t.node is not None else None for t in inputs]
@@ -159,6 +166,7 @@ class Node:
         self.attributes: list[Tensor] | None = None  # of a custom function's context, see Tape.held_by_graph
         self.saved: list[Tensor] = []
         self.unpack: Callable[[], None] | None = None
+        self.validate = validate
         for tensor in saved:
             tape.save(self, tensor)
 
@@ -172,7 +180,7 @@ class Accumulator(Node):
         self.name = name
         self.seq = 1 << 62  # UINT64_MAX there: runs as soon as it is ready
         self.edges = []
-        self.saved, self.unpack = [], None
+        self.saved, self.unpack, self.validate = [], None, None
         self.backward = self._accumulate
         self.num_slots, self.buffer, self.deps, self.hooks, self.attributes = 1, None, 0, None, None
         self.grad: Tensor | None = None
@@ -221,12 +229,13 @@ class Tape:
         backward: Backward,
         saved: Iterable[Tensor | None] = (),
         num_slots: int = 1,
+        validate: Validate | None = None,
     ) -> Node | None:
         """A node, unless no input needs a gradient: then there is none, and nothing is saved (frozen parameters)."""
         inputs = list(inputs)
         if all(t is None or t.node is None for t in inputs):
             return None
-        return Node(self, inputs, backward, [t for t in saved if t is not None], num_slots)
+        return Node(self, inputs, backward, [t for t in saved if t is not None], num_slots, validate)
 
     def save(self, node: Node | None, tensor: Tensor) -> None:
         """Saved-tensor semantics: the storage is kept and counts as an activation from now on."""
@@ -276,11 +285,11 @@ class Tape:
             assert grads is not None
             assert run is not None
             outputs = run(grads)
-            if (
-                node.unpack is not None
-            ):  # recomputed tensors are locals of the node's function, the last made dropped first
-                while node.saved:
+            if node.unpack is not None:
+                while node.saved:  # locals of the node's function, the last made dropped first
                     node.saved.pop()
+            if node.validate is not None:
+                node.validate(outputs)
             while grads:  # a vector's elements go from the first to the last
                 grads.pop(0)
             del grads, run
@@ -290,7 +299,7 @@ class Tape:
                 kept, node.saved = node.saved, []
                 while kept:  # release_variables() resets them in the order in which they are declared
                     kept.pop(0)
-                node.backward = node.unpack = None
+                node.backward = node.unpack = node.validate = None
             edges = node.edges
             del node
             outputs.reverse()

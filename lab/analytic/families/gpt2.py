@@ -54,7 +54,9 @@ class GPT2(HFDecoder):
         y = self._layer_norm(x, f"{b}.ln_2")
         fed = self._fed_forward(y, f"{b}.mlp")
         out = self.ops.add(x, fed, "residual")
-        del attended, weights, fed  # local variables of GPT2Block.forward
+        del y  # its variable has the sum now; then the local variables of GPT2Block.forward in their order
+        del x
+        del attended, weights, fed
         return out
 
     def _attended(self, x: Tensor, mask: Tensor | None, prefix: str) -> tuple[Tensor, Tensor | None]:

@@ -52,7 +52,7 @@ class Llama(HFDecoder):
         ops, numel = self.ops, self.cfg.train.seq_len * self.cfg.model.head_dim
         positions = ops.new(self.cfg.train.seq_len, FP32, "rotary positions")
         freqs = ops.new(numel // 2, FP32, "rotary angles")
-        del positions
+        ops.matmul_workspace("forward", lt=False)  # inv_freq @ positions
         angles = ops.new(numel, FP32, "rotary angles")
         tables = []
         for name in ("cos", "sin"):
@@ -62,7 +62,7 @@ class Llama(HFDecoder):
         cos, sin = tables
         del tables
         narrow = ops.cast_alone(cos, size, "rotary cos"), ops.cast_alone(sin, size, "rotary sin")
-        del freqs, angles, cos, sin
+        del positions, freqs, angles, cos, sin
         return narrow
 
     def layer(self, i: int, *arguments: Any) -> Tensor:
@@ -70,11 +70,15 @@ class Llama(HFDecoder):
         b = f"{blocks_prefix(self.cfg.model)}.{i}"
         y = self._rms(x, f"{b}.input_layernorm", self.rows)
         y, weights = self._self_attention(y, mask, cos, sin, f"{b}.self_attn")
-        x = self.ops.add(x, y, "residual")
+        summed = self.ops.add(x, y, "residual")
         del arguments, y
+        x = summed
+        del summed
         y = self._rms(x, f"{b}.post_attention_layernorm", self.rows)
         y = self._hf_mlp(y, f"{b}.mlp")
         out = self.ops.add(x, y, "residual")
+        del y  # its variable has the sum now; then the local variables in their order
+        del x
         del weights  # the layer's `_`
         return out
 
@@ -98,7 +102,12 @@ class Llama(HFDecoder):
         q, k = turned
         del turned
         y, weights = self._attend(q, k, v, mask, gpt2=False)
-        return self._linear(y, f"{prefix}.o_proj", "attention projection"), weights
+        out = self._linear(y, f"{prefix}.o_proj", "attention projection")
+        del y  # its variable has the projection now
+        del q
+        del k
+        del v
+        return out, weights
 
     def _head_projection(self, x: Tensor, name: str, label: str, heads: int) -> Tensor:
         y = self._linear(x, name, label)

@@ -21,10 +21,12 @@ def times_constant(ops: Ops, x: Tensor, constant: Tensor, label: str) -> Tensor:
     numel, size, back, tape = x.numel, max(x.itemsize, constant.itemsize), x.itemsize, ops.tape
 
     def backward(grads: Grads) -> Grads:
-        g = tape.new(numel, size, label + " gradient")
-        return [g if back == size else tape.new(numel, back, label + " gradient")]
+        return [tape.new(numel, size, label + " gradient")]
 
-    node = tape.node([x], backward, [constant])
+    def validate(outputs: Grads) -> None:
+        outputs[0] = tape.new(numel, back, label + " gradient")
+
+    node = tape.node([x], backward, [constant], validate=validate if back != size else None)
     y = ops.new(numel, size, label)
     y.node = node
     return y
@@ -129,20 +131,20 @@ def _scaled(ops: Ops, x: Tensor, weight: Tensor, rows: int, label: str, keep: Pa
 
     def backward(grads: Grads) -> Grads:
         gx = tape.new(numel, size, label + " gradient") if needs_x else None
-        product = tape.new(numel, size, label + " weight gradient product") if needs_w else None
-        gw = None
-        if product is not None:
+        return [gx, tape.new(numel, size, label + " weight gradient product") if needs_w else None]
+
+    def validate(outputs: Grads) -> None:  # the weight is the first argument, its gradient is finished first
+        if needs_w:
             gw = tape.new(hidden, size, f"gradient of {label} weight")
             ops.column_sum(rows, hidden)
-            del product
+            outputs[1] = gw
             if back_w != size:
-                gw = tape.new(hidden, back_w, f"gradient of {label} weight")
-        if gx is not None and back != size:  # the weight is the first argument, its gradient is finished first
-            gx = tape.new(numel, back, label + " gradient")
-        return [gx, gw]
+                outputs[1] = tape.new(hidden, back_w, f"gradient of {label} weight")
+        if needs_x and back != size:
+            outputs[0] = tape.new(numel, back, label + " gradient")
 
     kept = [x if needs_w else None, weight if needs_x and keep is None else None]
-    node = tape.node([x, weight], backward, kept)
+    node = tape.node([x, weight], backward, kept, validate=validate)
     del kept
     if keep is not None and needs_x:
         if ops.linear_keeps_parameter:
@@ -227,14 +229,15 @@ def product(ops: Ops, x: Tensor, y: Tensor, label: str) -> Tensor:
     backs, needs = (x.itemsize, y.itemsize), [t.node is not None for t in (x, y)]
 
     def backward(grads: Grads) -> Grads:
-        made: Grads = [tape.new(numel, size, label + " gradient") if need else None for need in needs]
+        return [tape.new(numel, size, label + " gradient") if need else None for need in needs]
+
+    def validate(outputs: Grads) -> None:
         for i, back in enumerate(backs):
-            if made[i] is not None and back != size:
-                made[i] = tape.new(numel, back, label + " gradient")
-        return made
+            if needs[i] and back != size:
+                outputs[i] = tape.new(numel, back, label + " gradient")
 
     saved = [y if needs[0] else None, x if needs[1] else None]
-    node = tape.node([x, y], backward, saved)
+    node = tape.node([x, y], backward, saved, validate=validate)
     del saved
     out = ops.new(numel, size, label)
     out.node = node
@@ -255,18 +258,22 @@ def conv1d(ops: Ops, x: Tensor, w: Parameter, b: Parameter, rows: int, label: st
         gx = tape.new(numel_x, size, label + " input gradient") if needs_x else None
         gw = tape.new(out_features * in_features, size, f"gradient of {w.name}") if needs_w else None
         ops.matmul_workspace("backward", lt=False)
-        gb = tape.new(out_features, size, f"gradient of {b.name}") if needs_b else None
-        if needs_b:
-            ops.column_sum(rows, out_features)
-        return [gx, gw, gb]
+        return [gx, gw, None]
+
+    def validate(outputs: Grads) -> None:  # the output's gradient, summed to the bias
+        outputs[2] = tape.new(out_features, size, f"gradient of {b.name}")
+        ops.column_sum(rows, out_features)
 
     swaps = ops.linear_keeps_parameter  # ZeRO-3: autograd keeps the parameter, not its storage of the moment
-    node = tape.node([x, weight, bias], backward, [x if needs_w else None, weight if needs_x and not swaps else None])
+    kept = [x if needs_w else None, weight if needs_x and not swaps else None]
+    node = tape.node([x, weight, bias], backward, kept, validate=validate if needs_b else None)
+    del kept
     if swaps and needs_x:
         ops.keep_parameter(node, w)
     del weight, bias
     y = ops.kept_or(rows * out_features, size, label)
-    ops.matmul_workspace("forward", lt=True)
+    if not ops.taken_back:
+        ops.matmul_workspace("forward", lt=True)
     y.node = node
     return y
 
