@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lab.analytic.segments import Segment
 from lab.analytic.tape import Storage, Tensor, Trace
@@ -36,27 +37,26 @@ class Value:
 
 @dataclass(slots=True)
 class Play:
-    """Events in the block's own storages. ``place``: the segment's index in the trace that it is played into."""
+    """Events in the block's own storages."""
 
     segment: Segment
-    place: int = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Hook:
-    """The strategy's hook on a module's input (``entering``) or output; ``node``: it puts a node there."""
+    """The strategy's hook on a module's input (``entering``) or output; ``needs_gradient``: there is a node there."""
 
-    module: str
+    module: str  # without the block's name
     entering: bool
     needs_gradient: bool
-    node: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """The backward of the n-th node that a hook put."""
+    """The backward of the node that a hook put."""
 
-    node: int
+    module: str
+    entering: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,15 @@ class Outer:
     category: MemoryCategory | None
 
 
-Instruction = Play | Hook | Pass | Gradient | Hold | Outer
+@dataclass(slots=True)
+class Round:
+    """Events, the block's and those of hooks between them, and the hooks (``lab.analytic.layer_rounds``)."""
+
+    segment: Segment
+    hooks: list[Hook | Pass]
+
+
+Instruction = Play | Hook | Pass | Gradient | Hold | Outer | Round
 
 
 @dataclass
@@ -104,10 +112,12 @@ class Recording:
     gradient: Incoming | None = None  # what was taken for the gradient that comes in
     attributes: list[Value | None] = field(default_factory=list)  # kept to the graph's end; None: the block's input
     needed_workspaces: set[str] = field(default_factory=set)
+    gradients: list[tuple[str, Value]] = field(default_factory=list)  # of parameters, as they are when they are there
+    rounds: dict[str, list[Instruction] | None] = field(default_factory=dict)  # see lab.analytic.layer_rounds
+    merged: dict[str, list[Instruction]] = field(default_factory=dict)  # see lab.analytic.layer_merging
 
 
-@dataclass(frozen=True)
-class Incoming:
+class Incoming(NamedTuple):
     """A tensor from outside, as far as it matters inside."""
 
     nbytes: int

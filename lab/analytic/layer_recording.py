@@ -28,9 +28,11 @@ from lab.analytic.layer_instructions import (
     Unrecordable,
     Value,
 )
+from lab.analytic.layer_merging import gradients_of
 from lab.analytic.layer_scratch import NOTE, ScratchRun, ScratchTrace, scratch_world
 from lab.analytic.ops import Parameter
 from lab.analytic.segments import Segment
+from lab.analytic.sharding.base import Rule
 from lab.analytic.tape import FREE, MOVE, Event, Grads, Node, count_dependencies
 from lab.vocab import MemoryCategory
 
@@ -39,6 +41,7 @@ INPUT = 0  # the first storage is the block's input
 
 def record(
     decoder: Decoder,
+    rule: Rule,
     i: int,
     members: dict[str, Parameter],
     x: Incoming,
@@ -52,7 +55,7 @@ def record(
     """
     live = decoder.ops.tape.trace
     before = len(live.events), live.next_id
-    run = scratch_world(decoder, f"blocks.{i}", members)
+    run = scratch_world(decoder, rule, f"blocks.{i}", members)
     try:
         return _record(run, i, x, needs_gradient, gradient)
     except KeyError as error:
@@ -114,6 +117,7 @@ def _record(run: ScratchRun, i: int, incoming: Incoming, needs_gradient: bool, g
         if returned is None:
             raise Unrecordable("no gradient reaches the block's input")
     held = {a.ident for a in attributes if a is not None}
+    recorded = _instructions(trace, backward, INPUT, came, i, held)
     return Recording(
         f"blocks.{i}",
         trace.next_id,
@@ -122,12 +126,13 @@ def _record(run: ScratchRun, i: int, incoming: Incoming, needs_gradient: bool, g
         casts,
         keeps_input,
         True,
-        _instructions(trace, backward, INPUT, came, i, held),
+        recorded,
         returned,
         returned is not None and returned.ident == came,
         gradient,
         attributes,
         run.workspaces.assumed - known,
+        gradients_of(recorded),
     )
 
 

@@ -65,11 +65,10 @@ class _ScratchTape(Tape):
 
 
 class _ScratchHooks:
-    """What ``Rule.enter`` and ``leave`` do to a graph, by the rule's own account (``hook_nodes``)."""
+    """What ``Rule.enter`` and ``leave`` do to a graph: nothing, or a node each (``Rule.module_hooks``)."""
 
-    def __init__(self, trace: ScratchTrace, tape: Tape, own: str, called: bool, nodes: bool) -> None:
-        self.trace, self.tape, self.own, self.called, self.nodes = trace, tape, own, called, nodes
-        self.count = 0
+    def __init__(self, trace: ScratchTrace, tape: Tape, own: str, called: bool) -> None:
+        self.trace, self.tape, self.own, self.called = trace, tape, own, called
 
     def enter(self, module: str, x: Tensor) -> Tensor:
         return self._hook(module, x, entering=True)
@@ -82,12 +81,10 @@ class _ScratchHooks:
             return x
         if not module.startswith(self.own + "."):
             raise Unrecordable(f"{module} is not of the block")
-        node = self.nodes and x.node is not None
-        self.trace.note(Hook(module[len(self.own) :], entering, x.node is not None, node))
-        if not node:
+        self.trace.note(Hook(module[len(self.own) :], entering, x.node is not None))
+        if x.node is None:
             return x
-        place = Pass(self.count)
-        self.count += 1
+        place = Pass(module[len(self.own) :], entering)
 
         def backward(grads: Grads) -> Grads:
             self.trace.note(place)
@@ -148,13 +145,8 @@ class ScratchRun:
     workspaces: _Workspaces
 
 
-def has_module_hooks(rule: object) -> bool:
-    """Does the strategy do anything around modules inside blocks?"""
-    return getattr(type(rule), "enter", None) is not Rule.enter or getattr(type(rule), "leave", None) is not Rule.leave
-
-
-def scratch_world(decoder: Decoder, own: str, members: dict[str, Parameter]) -> ScratchRun:
-    live_ops, rule = decoder.ops, decoder.hooks
+def scratch_world(decoder: Decoder, rule: Rule, own: str, members: dict[str, Parameter]) -> ScratchRun:
+    live_ops = decoder.ops
     trace = ScratchTrace(live_ops.tape.trace)
     tape = _ScratchTape(trace, live_ops.linear_keeps_parameter)
     params: dict[str, Parameter] = {}
@@ -168,7 +160,7 @@ def scratch_world(decoder: Decoder, own: str, members: dict[str, Parameter]) -> 
     ops = copy(live_ops)
     workspaces = _Workspaces(live_ops.workspaces)
     ops.tape, ops.cast_cache, ops.workspaces = tape, {}, workspaces
-    hooks = _ScratchHooks(trace, tape, own, called=has_module_hooks(rule), nodes=getattr(rule, "hook_nodes", False))
+    hooks = _ScratchHooks(trace, tape, own, called=rule.module_hooks)
     alone = copy(decoder)
     alone.ops, alone.p, alone.hooks = ops, params, hooks
     alone.linears = Linears(decoder.cfg, ops, params, hooks)

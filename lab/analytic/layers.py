@@ -26,16 +26,20 @@ from lab.analytic.layer_instructions import (
     Pass,
     Play,
     Recording,
+    Round,
     Unrecordable,
     Value,
 )
+from lab.analytic.layer_merging import FIRST, LATER, merged_backward
 from lab.analytic.layer_recording import record
+from lab.analytic.layer_rounds import RoundRecorder
 from lab.analytic.ops import Parameter
+from lab.analytic.sharding.base import KEPT
 from lab.analytic.step import Replay
-from lab.analytic.tape import SEGMENT, Backward, Grads, Node, Storage, Tensor
+from lab.analytic.tape import SEGMENT, Grads, Node, Storage, Tensor
 from lab.config import RunConfig
-from lab.vocab import MemoryCategory
 
+FORWARD, BACKWARD = "forward", "backward"
 SPARE = 64  # storages by which a recording with another incoming gradient may exceed the first
 
 
@@ -50,6 +54,7 @@ def replay_steps(
     for repeat in (True, False):
         replay = fresh or Replay(cfg, rank)
         replay.rule.rank, fresh = rank, None
+        replay.trace.shorthand = True
         replay.build()
         if repeat:
             repeat_layers(replay)
@@ -79,7 +84,7 @@ def dismantle(replay: Replay) -> None:
 class _Layer:
     """One call of one block: what it keeps from forward to backward."""
 
-    __slots__ = ("first", "gradient", "held", "index", "input", "module", "nodes", "recording", "source")
+    __slots__ = ("first", "gradient", "held", "index", "input", "module", "recording", "source")
 
     def __init__(self, recording: Recording, index: int, first: int, x: Tensor) -> None:
         self.recording, self.index, self.first = recording, index, first
@@ -87,7 +92,6 @@ class _Layer:
         self.source = Incoming.of(x), x.node is not None
         self.input: Tensor | None = None
         self.gradient: Tensor | None = None
-        self.nodes: list[Backward] = []
         self.held: dict[int, Tensor] = {}
 
     def renamed(self, name: str) -> str:
@@ -106,19 +110,20 @@ class Layers:
             if name.startswith("blocks."):
                 index, suffix = name[7:].split(".", 1)
                 self.members[int(index)][suffix] = parameter
-        self.shapes = [
-            tuple((s, p.shape, p.trainable, p.quantized and p.quantized.kind) for s, p in m.items())
+        kinds: dict[Hashable, int] = {}  # blocks with like parameters
+        self.kinds = [
+            kinds.setdefault(
+                tuple((s, p.shape, p.trainable, p.quantized and p.quantized.kind) for s, p in m.items()), len(kinds)
+            )
             for m in self.members
         ]
         self.recordings: dict[Hashable, Recording | None] = {}
         # Workspaces are taken for good: in forward by the first block; in backward by the head, but for those that a
         # recomputation takes first, which is the last checkpointed block's.
         self.first_pass = True
+        self.num_hook_storages = 2 * max(map(len, self.members)) if self.rule.module_hooks else 0  # of one pass
         checkpointed = [i for i in range(len(self.members)) if self.decoder.checkpointed(i)]
         self.takes_workspaces = {0, *checkpointed[-1:]}
-        nothing = Storage(self.trace, 0, MemoryCategory.TEMPORARIES, "")
-        self.plain = Tensor(nothing, 1, 1)  # what hooks are called with: they look at the node alone
-        self.differentiable = Tensor(nothing, 1, 1, Node(self.tape, [], lambda grads: []))
 
     def call(self, i: int, x: Tensor) -> Tensor:
         """Block i's output."""
@@ -130,10 +135,10 @@ class Layers:
         if recording is None:
             return self.decoder.call_block(i, x)
         trace, layer = self.trace, _Layer(recording, i, self.trace.next_id, x)
-        trace.next_id += recording.num_storages + SPARE
+        trace.next_id += recording.num_storages + SPARE + 2 * self.num_hook_storages
         if recording.keeps_input:
             layer.input = x.view()
-        self._run(layer, recording.forward, x)
+        self._run_with_hooks(layer, recording.forward, x, FORWARD)
         for name, value in recording.casts:
             self.ops.cast_cache[layer.renamed(name)] = self._adopt(value, layer)
         y = self._adopt(recording.output, layer)
@@ -142,24 +147,23 @@ class Layers:
         return y
 
     def _recording(self, i: int, x: Tensor) -> Recording | None:
-        members = self.members[i]
-        sizes = tuple(p.tensor.itemsize for p in members.values())
-        key = (self.shapes[i], sizes, self.decoder.checkpointed(i), Incoming.of(x), x.node is None, self.ops.amp)
+        members, incoming = self.members[i], Incoming.of(x)
+        sizes = tuple([p.tensor.itemsize for p in members.values()])
+        key = (self.kinds[i], sizes, self.decoder.checkpointed(i), incoming, x.node is None, self.ops.amp)
         if key not in self.recordings:
             try:
-                found = record(self.decoder, i, members, Incoming.of(x), x.node is not None)
-                self.recordings[key] = self._placed(found)
+                found = record(self.decoder, self.rule, i, members, incoming, x.node is not None)
+                self._place(found.forward)
+                self.recordings[key] = found
             except Unrecordable:
                 self.recordings[key] = None
         return self.recordings[key]
 
-    def _placed(self, recording: Recording) -> Recording:
-        """With its segments in the trace."""
-        for step in (*recording.forward, *recording.backward):
-            if isinstance(step, Play):
-                step.place = len(self.trace.segments)
-                self.trace.segments.append(step.segment)
-        return recording
+    def _place(self, instructions: Sequence[Instruction]) -> None:
+        """Their segments into the trace."""
+        for step in instructions:
+            if isinstance(step, Play | Round):
+                step.segment.put(self.trace)
 
     def _backward(self, layer: _Layer, grads: Grads) -> Grads:
         """The block's backward: ``grads`` is the gradient of its output, what is returned that of its input."""
@@ -175,7 +179,7 @@ class Layers:
             raise Unrecordable("a workspace is taken in backward")
         layer.gradient = gradient
         del gradient
-        self._run(layer, recording.backward, None)
+        self._run_backward(layer)
         returned: Tensor | None = None
         if recording.returned is not None and recording.returns_gradient:
             returned, layer.gradient = layer.gradient, None
@@ -193,29 +197,76 @@ class Layers:
         key = (id(first), gradient)
         if key not in self.recordings:
             index = int(first.module.rpartition(".")[2])
-            self.recordings[key] = self._placed(
-                record(self.decoder, index, self.members[index], *layer.source, gradient)
-            )
+            self.recordings[key] = record(self.decoder, self.rule, index, self.members[index], *layer.source, gradient)
         found = self.recordings[key]
         if found is None or found.num_storages > first.num_storages + SPARE:
             raise Unrecordable("another gradient makes another backward")
         return found
 
+    def _run_backward(self, layer: _Layer) -> None:
+        """With the parameters' gradients one by one, or, where the strategy has nothing to do at them, at the end."""
+        recording, members = layer.recording, self.members[layer.index]
+        arrival = self.rule.quiet_gradients(layer.index)
+        if arrival is KEPT:
+            missing = [members[name].accumulator.grad is None for name, _ in recording.gradients]
+            arrival = FIRST if all(missing) else LATER if not any(missing) else None
+        if arrival is None:
+            self._place(recording.backward)
+            self._run_with_hooks(layer, recording.backward, None, BACKWARD)
+            return
+        if arrival not in recording.merged:
+            recording.merged[arrival] = merged_backward(recording, arrival, self.trace.alignment)
+            self._place(recording.merged[arrival])
+        self._run_with_hooks(layer, recording.merged[arrival], None, arrival)
+        for name, value in recording.gradients:
+            accumulator = members[name].accumulator
+            if arrival is FIRST:
+                accumulator.grad = self._adopt(value, layer)
+            if accumulator.on_grad is not None:
+                accumulator.on_grad()
+
+    def _run_with_hooks(self, layer: _Layer, steps: Sequence[Instruction], x: Tensor | None, key: str) -> None:
+        """Hooks and events between them as rounds, once some are kept and as long as they repeat.
+
+        ``key``: which of the recording's lists ``steps`` is.
+        """
+        rule, recording, block = self.rule, layer.recording, layer.index
+        if not rule.module_hooks or not rule.hooks_repeat(block):
+            self._run(layer, steps, x)
+        elif key not in recording.rounds:
+            own = recording.num_storages
+            spare = own + SPARE + (0 if key is FORWARD else self.num_hook_storages)
+            recorder = RoundRecorder(self.trace, layer.module, layer.first, own, spare, self.num_hook_storages)
+            recorder.listen(steps, lambda part: self._run(layer, part, x))
+            kept = recording.rounds[key] = recorder.rounds if rule.hooks_repeat(block) else None
+            self._place(kept or ())
+        elif (rounds := recording.rounds[key]) is None:
+            self._run(layer, steps, x)
+        else:
+            rule.replay_memory(True)
+            self._run(layer, rounds, x)
+            rule.replay_memory(False)
+
     def _run(self, layer: _Layer, instructions: Sequence[Instruction], x: Tensor | None) -> None:
-        play, first, module = self.trace.events.append, layer.first, layer.module
+        play, first, module, rule = self.trace.events.append, layer.first, layer.module, self.rule
         members = self.members[layer.index]
         for step in instructions:
-            if type(step) is Play:
-                play((SEGMENT, first, step.place, module, "", 0))
-            elif type(step) is Gradient:
-                accumulator = members[step.parameter].accumulator
-                run = accumulator.backward
+            if isinstance(step, Play):
+                play((SEGMENT, first, step.segment.place, module, "", 0))
+            elif isinstance(step, Round):
+                play((SEGMENT, first, step.segment.place, module, "", 0))
+                self._run(layer, step.hooks, None)
+            elif isinstance(step, Hook):
+                if step.entering:
+                    rule.before_forward(module + step.module, step.needs_gradient)
+                else:
+                    rule.after_forward(module + step.module)
+            elif isinstance(step, Pass):
+                (rule.after_backward if step.entering else rule.before_backward)(module + step.module)
+            elif isinstance(step, Gradient):
+                run = members[step.parameter].accumulator.backward
                 assert run is not None
                 run([self._adopt(step.value, layer)])
-            elif isinstance(step, Hook):
-                self._hook(layer, step)
-            elif isinstance(step, Pass):
-                layer.nodes[step.node]([self.plain])
             elif isinstance(step, Outer):
                 self._outer(layer, step, x)
             elif isinstance(step, Hold):
@@ -223,17 +274,6 @@ class Layers:
                     del layer.held[step.index]
                 else:
                     layer.held[step.index] = members[step.parameter].tensor
-
-    def _hook(self, layer: _Layer, step: Hook) -> None:
-        hook = self.rule.enter if step.entering else self.rule.leave
-        given = self.differentiable if step.needs_gradient else self.plain
-        made = hook(layer.module + step.module, given)
-        if (made is not given) != step.node:
-            raise Unrecordable("a hook does not do what the strategy says of it")
-        if step.node:
-            assert made.node is not None
-            assert made.node.backward is not None
-            layer.nodes.append(made.node.backward)
 
     def _outer(self, layer: _Layer, step: Outer, x: Tensor | None) -> None:
         """Moved to another category, or let go of."""

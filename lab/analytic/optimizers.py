@@ -80,15 +80,17 @@ class TorchOptimizer(Optimizer):
             del held
 
     def _make_states(self, params: Sequence[tuple[int, int]]) -> None:
-        new, cfg = self.tape.new, self.cfg
+        """They stay for good: nobody has to own them."""
+        new, cfg = self.tape.trace.allocate, self.cfg
+        counted = cfg.implementation == "fused" or not self.tape.trace.on_device_kernels
         for n, size in params:
             if cfg.kind == "adamw":
-                if cfg.implementation == "fused" or not self.tape.trace.on_device_kernels:
-                    self.states.append(new(1, FP32, "step", STATES))
-                self.states.append(new(n, size, "exp_avg", STATES))
-                self.states.append(new(n, size, "exp_avg_sq", STATES))
+                if counted:
+                    new(FP32, STATES, "step")
+                new(n * size, STATES, "exp_avg")
+                new(n * size, STATES, "exp_avg_sq")
             elif cfg.momentum:
-                self.states.append(new(n, size, "momentum_buffer", STATES))
+                new(n * size, STATES, "momentum_buffer")
 
 
 def clip_gradients(tape: Tape, gradients: Sequence[tuple[int, int]]) -> Tensor:

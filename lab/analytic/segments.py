@@ -6,10 +6,11 @@ ran. So it is a shorthand for a list of events, not a summary: ``spelled_out`` g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
+from weakref import ref
 
-from lab.analytic.tape import ALLOC, FREE, MOVE, SEGMENT, Event
+from lab.analytic.tape import ALLOC, FREE, MOVE, SEGMENT, Event, Storage, Trace, aligned
 
 
 class Segment:
@@ -17,7 +18,15 @@ class Segment:
 
     def __init__(self, events: Sequence[Event], module: str) -> None:
         self.events, self.module = tuple(events), module
+        self.place = -1  # in the trace's list
         self._labels: dict[str, list[str]] = {}
+
+    def put(self, trace: Trace) -> int:
+        """Its index in the trace's list, where it is from now on."""
+        if self.place < 0:
+            self.place = len(trace.segments)
+            trace.segments.append(self)
+        return self.place
 
     @cached_property
     def _running(self) -> list[int]:
@@ -53,6 +62,77 @@ class Segment:
             own = self.module
             self._labels[module] = [e[4].replace(own + ".", module + ".") for e in self.events]
         return self._labels[module]
+
+
+Pairs = dict[Hashable, tuple[Segment, Segment]]
+"""Segments that take and give back, by what they take."""
+
+
+class Together:
+    """Storages that are taken and given back together (``Storage.resize``): one segment for either.
+
+    They are not kept. ``kinds``: segments by what the storages are like, shared by those who have the same under other
+    modules' names.
+    """
+
+    def __init__(self, storages: Sequence[Storage], module: str, kinds: Pairs) -> None:
+        self.members, self.module = [ref(storage) for storage in storages], module
+        trace = storages[0].trace
+        for storage in storages:
+            storage.size = aligned(storage.nbytes, trace.alignment)
+        kind = tuple((s.size, s.category, s.label.replace(f"{module}.", "", 1)) for s in storages)
+        if kind not in kinds:
+            taken: list[Event] = [(ALLOC, k, s.size, s.category, s.label, 0) for k, s in enumerate(storages)]
+            freed: list[Event] = [(FREE, k, s.size, s.category, s.label, 0) for k, s in enumerate(storages)]
+            kinds[kind] = Segment(taken, module), Segment(freed, module)
+        self.taken, self.freed = kinds[kind]
+
+    def are(self, storages: list[Storage]) -> bool:
+        """Are these the ones?"""
+        return [member() for member in self.members] == storages
+
+    def resize(self, storages: Sequence[Storage], live: bool) -> None:
+        """All of them, none of which is ``live`` yet; on stream 0."""
+        trace = storages[0].trace
+        if not trace.shorthand:
+            for storage in storages:
+                storage.resize(live)
+            return
+        if live:
+            ident = trace.next_id
+            for storage in storages:
+                storage.id = ident
+                ident += 1
+            trace.next_id = ident
+        for storage in storages:
+            storage.live = live
+        segment = self.taken if live else self.freed
+        trace.events.append((SEGMENT, storages[0].id, segment.put(trace), self.module, "", 0))
+
+
+class Passing(Segment):
+    """A segment that gives back all that it takes, of ``num_storages``."""
+
+    def __init__(self, events: Sequence[Event], num_storages: int) -> None:
+        super().__init__(events, "")
+        self.num_storages = num_storages
+
+    def play(self, trace: Trace) -> None:
+        """Once more, in ``trace``."""
+        event: Event = (SEGMENT, trace.next_id, self.put(trace), "", "", 0)
+        trace.next_id += self.num_storages
+        if trace.shorthand:
+            trace.events.append(event)
+        else:
+            trace.events += spelled_out([event], trace.segments)
+
+
+def recorded(of: Trace, run: Callable[[Trace], None]) -> Passing:
+    """What ``run`` does to a trace like ``of``, on which it leaves nothing."""
+    trace = Trace(of.alignment, of.on_device_kernels)
+    run(trace)
+    assert sum(event[0] == ALLOC for event in trace.events) == sum(event[0] == FREE for event in trace.events)
+    return Passing(trace.events, trace.next_id)
 
 
 def _changes(events: Sequence[Event]) -> tuple[tuple[str, int], ...]:

@@ -34,7 +34,7 @@ Event = tuple[int, int, int, str, str, int]
 
 FREE repeats the bytes, the category at that time and the label; MOVE the bytes, with the new category, and the old one
 as its label. So each event says by how much it changes which sum. SEGMENT stands for a run of events
-(``lab.analytic.segments``), and only ``lab.analytic.layers`` makes it: (SEGMENT, first id, index in ``Trace.segments``,
+(``lab.analytic.segments``), only where ``Trace.shorthand`` allows it: (SEGMENT, first id, index in ``Trace.segments``,
 module, "", 0).
 """
 
@@ -42,12 +42,16 @@ module, "", 0).
 class Trace:
     """Events in order. ``alignment`` rounds every size up, as the caching allocator does (512 B on CUDA)."""
 
-    __slots__ = ("alignment", "events", "inplace_accumulation", "next_id", "on_device_kernels", "segments", "stream")
+    __slots__ = (
+        *("alignment", "events", "inplace_accumulation", "next_id", "on_device_kernels", "segments", "shorthand"),
+        "stream",
+    )
 
     def __init__(self, alignment: int = 1, on_gpu: bool = True) -> None:
         self.alignment = alignment
         self.events: list[Event] = []
         self.segments: list[Segment] = []
+        self.shorthand = False  # may events stand for segments?
         self.next_id = 0
         self.stream = 0  # the allocator keeps a pool per stream
         # The CPU stand-in for the allocator sees tensors, not what a kernel allocates inside itself.
@@ -55,6 +59,20 @@ class Trace:
         # It also is a dispatch mode, under which the engine adds gradients out of place
         # (input_buffer.cpp asks isTensorSubclassLike, true while a mode is active).
         self.inplace_accumulation = on_gpu
+
+    def allocate(self, nbytes: int, category: MemoryCategory, label: str) -> Event:
+        """Bytes without an owner, for what nothing refers to: whoever keeps the event gives them back."""
+        event = ALLOC, self.next_id, aligned(nbytes, self.alignment), category, label, self.stream
+        self.next_id += 1
+        if nbytes:
+            self.events.append(event)
+        return event
+
+    def free(self, allocated: Event) -> None:
+        """Give back what ``allocate`` took."""
+        _, ident, size, category, label, _ = allocated
+        if size:
+            self.events.append((FREE, ident, size, category, label, 0))
 
     def mark(self, name: str) -> None:
         self.events.append((MARK, -1, 0, name, "", 0))
@@ -64,10 +82,15 @@ class Trace:
         self.events.append((EMPTY_CACHE, -1, 0, "", "", 0))
 
 
+def aligned(nbytes: int, alignment: int) -> int:
+    """Rounded up to a multiple of ``alignment``."""
+    return -(-nbytes // alignment) * alignment
+
+
 class Storage:
     """Bytes on the device: allocated when made, freed with the last reference to it."""
 
-    __slots__ = ("category", "id", "label", "live", "nbytes", "size", "trace")
+    __slots__ = ("__weakref__", "category", "id", "label", "live", "nbytes", "size", "trace")
 
     def __init__(self, trace: Trace, nbytes: int, category: MemoryCategory, label: str) -> None:
         self.trace, self.nbytes, self.category, self.label = trace, nbytes, category, label
@@ -83,7 +106,7 @@ class Storage:
         """The owner of bytes that an event has allocated already."""
         storage = cls.__new__(cls)
         storage.trace, storage.nbytes, storage.category, storage.label = trace, nbytes, category, label
-        storage.id, storage.size, storage.live = ident, -(-nbytes // trace.alignment) * trace.alignment, True
+        storage.id, storage.size, storage.live = ident, aligned(nbytes, trace.alignment), True
         return storage
 
     def resize(self, live: bool) -> None:

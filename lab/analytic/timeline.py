@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from operator import itemgetter
 
 from lab.analytic.segments import Segment
 from lab.analytic.tape import ALLOC, FREE, MARK, MOVE, SEGMENT, Event
 from lab.record import Moment, PhasePrediction
 from lab.vocab import STEP_PHASES, MemoryBreakdown, MemoryCategory, StepPhase
 
+_KIND = itemgetter(0)
 Spans = list[tuple[StepPhase, int, int]]
 """(phase, first event index, index after the last event); micro-steps give several spans of one phase."""
 
@@ -26,7 +28,7 @@ def spans_of(events: Sequence[Event], step: int) -> Spans:
 def _spans(events: Sequence[Event]) -> dict[int, Spans]:
     spans: dict[int, Spans] = {}
     start = 0
-    for i in [i for i, event in enumerate(events) if event[0] == MARK]:
+    for i in _of_kind(events, MARK):
         owner, phase, edge = events[i][3].split("/")
         if edge == "start":
             start = i
@@ -133,14 +135,18 @@ class Timeline:
 
 def _totals_with_segments(events: Sequence[Event], segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
     whole, highest = [s.change for s in segments], [s.highest for s in segments]
-    after = list(
-        accumulate(
-            n if kind == ALLOC else -n if kind == FREE else whole[n] if kind == SEGMENT else 0
-            for kind, _, n, _, _, _ in events
-        )
-    )
+    changes = [
+        n if kind == ALLOC else -n if kind == FREE else whole[n] if kind == SEGMENT else 0
+        for kind, _, n, _, _, _ in events
+    ]
+    after = list(accumulate(changes))
     high = after.copy()
-    for i in [i for i, event in enumerate(events) if event[0] == SEGMENT]:
+    for i in _of_kind(events, SEGMENT):
         segment = events[i][2]
         high[i] += highest[segment] - whole[segment]
     return after, high
+
+
+def _of_kind(events: Sequence[Event], kind: int) -> list[int]:
+    """Indices of the events of one kind."""
+    return [i for i, found in enumerate(map(_KIND, events)) if found == kind]

@@ -8,14 +8,18 @@ import pytest
 
 from lab.analytic import predict
 from lab.analytic.decoder import Decoder
-from lab.analytic.layer_instructions import Unrecordable
+from lab.analytic.layer_instructions import Hook, Instruction, Round
+from lab.analytic.layer_rounds import RoundRecorder
 from lab.analytic.layers import repeat_layers, replay_steps
-from lab.analytic.segments import spelled_out
+from lab.analytic.segments import Pairs, Together, spelled_out
+from lab.analytic.sharding import RULES
+from lab.analytic.sharding.accelerate import ACCELERATE_RULES
+from lab.analytic.sharding.hf_trainer import TRAINER_RULES
 from lab.analytic.step import Replay
-from lab.analytic.tape import ALLOC, EMPTY_CACHE, MARK, SEGMENT, Event
+from lab.analytic.tape import ALLOC, EMPTY_CACHE, FREE, MARK, SEGMENT, Event, Storage, Trace
 from lab.analytic.timeline import Timeline, phases
 from lab.config import RunConfig, load
-from lab.vocab import STEP_PHASES
+from lab.vocab import STEP_PHASES, MemoryCategory
 
 SMALL = ["model=tiny", "model.num_layers=5", "train.seq_len=64", "train.micro_batch_size=2", "train.steps=4"]
 GPU, CPU = "hardware=h200", "hardware=cpu"
@@ -63,6 +67,13 @@ CASES = [
     [GPU, "engine=accelerate", "parallel=zero3", "world_size=2", BUCKETS],
     [GPU, "optimizer=adafactor"],
     [GPU, "optimizer=adamw_8bit", "parallel=zero2", "world_size=2", BUCKETS],
+    [
+        *(GPU, "parallel=fsdp", "world_size=3", "adapter=lora", "quantization=nf4", "quantization.storage_dtype=bf16"),
+        *("checkpointing=full", *OTHER, "train.gradient_accumulation_steps=2"),
+    ],
+    [GPU, "parallel=fsdp", "world_size=1", "train.gradient_accumulation_steps=2", "precision=fp16_mixed"],
+    [GPU, "parallel=zero3", "world_size=2", BUCKETS, "parallel.zero.contiguous_gradients=false"],
+    [CPU, "parallel=zero3", "world_size=1", "train.gradient_accumulation_steps=2"],
 ]  # fmt: skip
 
 
@@ -171,10 +182,59 @@ def test_what_cannot_be_recorded_is_replayed() -> None:
     assert numbered(other.trace.events) == numbered(replay.trace.events)
 
 
-def test_a_hook_that_is_not_as_declared_is_noticed() -> None:
-    replay = Replay(config([GPU, "parallel=zero3", "world_size=2", BUCKETS]))
-    replay.build()
-    replay.rule.hook_nodes = False
-    repeat_layers(replay)
-    with pytest.raises(Unrecordable):
-        replay.step()
+def test_rules_without_module_hooks_leave_modules_inside_blocks_alone() -> None:
+    """Recorded blocks call no hooks then."""
+    rules = {*RULES.values(), *ACCELERATE_RULES.values(), *TRAINER_RULES.values()}
+    assert {rule.__name__ for rule in rules if rule.module_hooks} == {"Zero3"}
+    for overrides in (CASES[9], CASES[19], ["engine=accelerate", *CASES[19]]):
+        rule = Replay(config(overrides)).rule
+        x = rule.tape.new(1, 1, "x")
+        for module in ("blocks.0", "blocks.0.mlp_norm", "blocks.0.attention.q_proj"):
+            assert rule.enter(module, x) is x
+            assert rule.leave(module, x) is x
+    assert len(rule.tape.trace.events) == 1
+
+
+def test_rounds_of_hooks_are_kept_only_where_they_leave_nothing_behind() -> None:
+    """A hook's storage is renumbered; one that stays, or that somebody else made, makes the rounds impossible."""
+    trace = Trace()
+    outside = trace.allocate(1, MemoryCategory.TEMPORARIES, "outside")
+
+    def rounds(*extra: Event) -> list[Instruction] | None:
+        recorder = RoundRecorder(trace, "blocks.0", 100, 10, 74, 2)
+
+        def run(_: Sequence[Instruction]) -> None:
+            trace.free(trace.allocate(1, MemoryCategory.COMM_BUFFERS, "hook's"))
+            trace.events.extend(extra)
+
+        recorder.listen([Hook(".mlp", True, True)], run)
+        return recorder.rounds
+
+    kept = rounds()
+    assert kept is not None
+    assert isinstance(kept[0], Round)
+    assert [e[:2] for e in kept[0].segment.events] == [(ALLOC, 74), (FREE, 74)]
+    assert rounds((FREE, *outside[1:])) is None
+    assert rounds((ALLOC, 1000, *outside[2:])) is None
+    assert rounds(*[(kind, 1000 + i, *outside[2:]) for i in range(2) for kind in (ALLOC, FREE)]) is None
+
+
+def test_storages_resized_together_are_those_resized_one_by_one() -> None:
+    def events(shorthand: bool) -> list[Event]:
+        trace = Trace(512)
+        trace.shorthand = shorthand
+        kinds: Pairs = {}
+        for block in range(2):
+            storages = [Storage(trace, n, MemoryCategory.PARAMETERS, f"gathered blocks.{block}.{n}") for n in (5, 700)]
+            for storage in storages:
+                storage.resize(False)
+            together = Together(storages, f"blocks.{block}", kinds)
+            assert together.are(storages)
+            assert not together.are(storages[:1])
+            together.resize(storages, True)
+            together.resize(storages, False)
+        assert len(kinds) == 1
+        return spelled_out(trace.events, trace.segments)
+
+    assert events(True) == events(False)
+    assert sum(e[0] == ALLOC for e in events(True)) == 8

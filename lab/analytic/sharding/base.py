@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from lab.analytic.architecture import ParameterSpec
 from lab.analytic.dora import MAGNITUDE
 from lab.analytic.make_optimizer import make_optimizer
@@ -13,6 +15,7 @@ from lab.config import RunConfig
 from lab.vocab import MemoryCategory, Precision
 
 PARAMETERS = MemoryCategory.PARAMETERS
+KEPT, PASSED_ON = "kept", "passed on"
 
 
 class Rule:
@@ -26,7 +29,7 @@ class Rule:
     repeats_from = 1
     deepspeed = False  # its engine always divides the loss by the micro-steps and multiplies it by the loss scale
     always_divides_loss = False  # Accelerate's backward divides by the micro-steps even where there is one
-    hook_nodes = False  # ``enter`` and ``leave`` give a tensor that needs a gradient a node of their own
+    module_hooks = False  # ``enter`` and ``leave`` do something inside blocks too: the four functions below, and a node
     linear_keeps_parameter = False  # DeepSpeed's LinearFunctionForZeroStage3, see Ops.linear
 
     def __init__(self, cfg: RunConfig, tape: Tape, specs: list[ParameterSpec]) -> None:
@@ -46,7 +49,7 @@ class Rule:
 
     # -- sizes ---------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def parameter_itemsize(self) -> int:
         """Bytes per element of the stored parameters."""
         return BF16 if self.cfg.precision.kind is Precision.BF16_PURE else FP32
@@ -55,7 +58,7 @@ class Rule:
         """Bytes per element of one stored parameter that is not quantized."""
         return FP32 if spec.wide else self.parameter_itemsize
 
-    @property
+    @cached_property
     def compute_itemsize(self) -> int:
         """Bytes per element of matmul operands."""
         return BF16 if self.half else FP32
@@ -144,6 +147,37 @@ class Rule:
     def leave(self, module: str, y: Tensor) -> Tensor:
         return y
 
+    # -- what ``enter`` and ``leave`` do, and their nodes in backward, where there are ``module_hooks`` ----------
+
+    def before_forward(self, module: str, differentiable: bool) -> None:
+        """``differentiable``: the input needs a gradient, so ``after_backward`` will come."""
+
+    def after_forward(self, module: str) -> None: ...
+
+    def before_backward(self, module: str) -> None: ...
+
+    def after_backward(self, module: str) -> None: ...
+
+    def hooks_repeat(self, block: int) -> bool:
+        """Will the hooks inside the block do to memory what they do inside any other block like it of which this holds?
+
+        It has to hold before and after the pass, forward or backward.
+        """
+        return False
+
+    def replay_memory(self, replayed: bool) -> None:
+        """Hooks keep their accounts and leave memory alone from now on, or no longer."""
+        raise NotImplementedError
+
+    # -- gradients -------------------------------------------------------------------------------
+
+    def quiet_gradients(self, block: int) -> str | None:
+        """What ``grad_ready`` does to the block's gradients, if it is the same for each and nothing to other memory.
+
+        KEPT: nothing; PASSED_ON: each is given up at once. None: something else, or not always.
+        """
+        return KEPT
+
     def grad_ready(self, spec: ParameterSpec, parameter: Parameter) -> None: ...
 
 
@@ -152,7 +186,7 @@ class DeepSpeedRule(Rule):
 
     deepspeed = True
 
-    @property
+    @cached_property
     def parameter_itemsize(self) -> int:
         return self.compute_itemsize
 

@@ -11,12 +11,14 @@ reduce-scatter input per unit, which stays until the next unit's; its output is 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from lab.analytic.architecture import ParameterSpec
 from lab.analytic.ops import Parameter, Quantized
 from lab.analytic.quantization import packed_shape
+from lab.analytic.segments import Pairs, Together
 from lab.analytic.sharding.base import Rule
-from lab.analytic.tape import FP32, Grads, Node, Tape, Tensor
+from lab.analytic.tape import FP32, Event, Grads, Node, Storage, Tape, Tensor, Trace
 from lab.config import RunConfig
 from lab.vocab import MemoryCategory, Precision, Strategy
 
@@ -40,9 +42,11 @@ class Unit:
     shard_bytes: int = 0  # this rank's padded shards, as they are gathered
     cast_numel: int = 0  # of these, what mixed precision casts first
     trained_numel: int = 0  # of these, what has gradients
+    stored_size: int = 0  # bytes per element of the widest of those, as they are stored
     all_gather: Tensor | None = None  # result of an all-gather that nobody has waited for
     gathered: bool = False
     reduced: bool = False  # post_backward has run
+    whole: Together | None = None  # the members' storages
     sharded_grad: Tensor | None = None  # reduce-scatter output; the parameters' gradients are views of it
 
 
@@ -59,6 +63,8 @@ class FSDP(Rule):
         self.previous: Tensor | None = None  # forward: the last all-gather's flat output
         self.reduce_input: Tensor | None = None  # backward: the last reduce-scatter's input
         self.kept: list[Tensor] = []
+        self.kinds: Pairs = {}  # of units
+        self.one_by_one = self.size == 1 and self.mixed  # no collective: each parameter is cast into its place
 
     @property
     def autocast(self) -> bool:
@@ -109,28 +115,41 @@ class FSDP(Rule):
     def add_shard(self, spec: ParameterSpec, quantized: Quantized | None = None) -> None:
         """This rank's padded shard of a parameter, and the place of the whole one."""
         padded, size = self._padded(spec), self.gathered_size(spec)
-        self.kept.append(self.tape.new(padded, self._stored_size(spec), spec.name, MemoryCategory.PARAMETERS))
+        self.tape.trace.allocate(padded * self._stored_size(spec), MemoryCategory.PARAMETERS, spec.name)  # for good
         numel = packed_shape(spec.numel, self.cfg.quantization)[0] if spec.quantized else spec.numel
-        whole = Tensor(_Unallocated(self, padded * self.size * size, spec.name).storage, numel, size)
+        whole = Tensor(_unallocated(self.tape.trace, padded * self.size * size, spec.name), numel, size)
         unit = self.units[self.unit_of(spec)]
         unit.members.append((spec, self.add_parameter(spec, whole, quantized)))
         unit.shard_bytes += padded * size
         unit.cast_numel += padded if self.mixed and not spec.quantized else 0
-        unit.trained_numel += padded if spec.trainable else 0
+        if spec.trainable:
+            unit.trained_numel += padded
+            unit.stored_size = max(unit.stored_size, self.itemsize_of(spec))
 
     def _initialise(self) -> None:
         """parallel/fsdp.py, _initialise_shards: each whole parameter is drawn in fp32 (and cast), then cut."""
         if self.cfg.model.tied_head:  # to_empty allocates it again for the second place
             self.tape.new(self._padded(self.specs[0]), self.parameter_itemsize, "head.weight, dropped")
-        value = cut = None
+        trace, passing = self.tape.trace, MemoryCategory.TEMPORARIES
+        value: Event | None = None  # loop variables: each until the next one's is there
+        cut: Event | None = None
         for spec in self.specs:
-            drawn, size = self.tape.new(spec.numel, FP32, f"initial {spec.name}"), self.itemsize_of(spec)
+            label, size = f"initial {spec.name}", self.itemsize_of(spec)
+            drawn = trace.allocate(spec.numel * FP32, passing, label)
             if size != FP32:
-                drawn = self.tape.new(spec.numel, size, f"initial {spec.name}")
+                cast = trace.allocate(spec.numel * size, passing, label)
+                trace.free(drawn)
+                drawn = cast
+            if value is not None:
+                trace.free(value)
             value = drawn
-            del drawn
-            cut = self.tape.new(self._padded(spec), size, f"initial shard of {spec.name}")
-        del value, cut
+            shard = trace.allocate(self._padded(spec) * size, passing, f"initial shard of {spec.name}")
+            if cut is not None:
+                trace.free(cut)
+            cut = shard
+        for last in (value, cut):
+            if last is not None:
+                trace.free(last)
 
     # -- gather and free ---------------------------------------------------------------------------
 
@@ -140,21 +159,25 @@ class FSDP(Rule):
             return
         trace, cast = self.tape.trace, unit.cast_numel
         trace.stream = COPY_IN_STREAM
-        flat = self.tape.new(cast, self.compute_itemsize, "FSDP all-gather input", COMM) if cast else None
+        flat = trace.allocate(cast * self.compute_itemsize, COMM, "FSDP all-gather input") if cast else None
         unit.all_gather = self.tape.new(unit.shard_bytes * self.size, 1, "FSDP all-gather output", COMM)
         trace.stream = 0
-        del flat
+        if flat is not None:
+            trace.free(flat)
 
     def _wait(self, unit: Unit, forward: bool) -> None:
         """wait_for_unshard(): copy the flat output into one storage per parameter."""
         if unit.gathered:
             return
         before = self.previous if forward and unit.all_gather is not None else None  # a local variable: to the end
-        for spec, parameter in unit.members:
-            cast = self.size == 1 and self.mixed and not spec.quantized
-            held = self.tape.new(parameter.numel, self.compute_itemsize, "FSDP cast", COMM) if cast else None
-            parameter.tensor.storage.resize(True)
-            del held
+        if self.one_by_one:
+            for spec, parameter in unit.members:
+                cast = not spec.quantized
+                held = self.tape.new(parameter.numel, self.compute_itemsize, "FSDP cast", COMM) if cast else None
+                parameter.tensor.storage.resize(True)
+                del held
+        else:
+            self._resize(unit, True)
         unit.gathered = True
         if forward:
             self.previous = unit.all_gather
@@ -162,9 +185,24 @@ class FSDP(Rule):
         del before
 
     def free(self, unit: Unit) -> None:
-        for _, parameter in unit.members:
-            parameter.tensor.storage.resize(False)
+        self._resize(unit, False)
         unit.gathered = False
+
+    def _resize(self, unit: Unit, live: bool) -> None:
+        """The members' storages, together unless a module has given a parameter another one (a quantized bias)."""
+        storages = [p.tensor.storage for _, p in unit.members]
+        if live == unit.gathered or not storages:
+            return
+        same = unit.whole is not None and unit.whole.are(storages)
+        if self.one_by_one or not (same or live):
+            for storage in storages:
+                storage.resize(live)
+            return
+        if not same:
+            module = f"blocks.{unit.index}" if unit.index >= 0 else ""
+            unit.whole = Together(storages, module, self.kinds)
+        assert unit.whole is not None
+        unit.whole.resize(storages, live)
 
     # -- hooks -------------------------------------------------------------------------------------
 
@@ -212,7 +250,7 @@ class FSDP(Rule):
         self.reduce_input = None
         if not unit.trained_numel:
             return
-        stored = max(self.itemsize_of(s) for s, _ in unit.members if s.trainable)
+        stored = unit.stored_size
         size = FP32 if self.mixed and self.cfg.parallel.fsdp.reduce_dtype == "fp32" else stored
         if self.mixed and self.cfg.parallel.fsdp.reduce_dtype != "fp32":
             size = self.compute_itemsize
@@ -246,22 +284,23 @@ class FSDP(Rule):
 
     # -- the step ------------------------------------------------------------------------------------
 
-    def optimizer_parameters(self) -> list[tuple[int, int]]:
-        """The local, unpadded shards of rank 0."""
+    @cached_property
+    def _local_shards(self) -> list[tuple[int, int]]:
         return [
             (shard_rows(s.shape[0], self.size, 0) * (s.numel // s.shape[0]), self.itemsize_of(s)) for s in self.trained
         ]
+
+    def optimizer_parameters(self) -> list[tuple[int, int]]:
+        """The local, unpadded shards of rank 0."""
+        return self._local_shards
 
     def zero_grad(self) -> None:
         for index in (*range(self.cfg.model.num_layers), -1):  # the root's goes with the last parameter, the head
             self.units[index].sharded_grad = None
 
 
-class _Unallocated:
+def _unallocated(trace: Trace, nbytes: int, name: str) -> Storage:
     """A parameter's gathered storage before its first all-gather: known, without bytes."""
-
-    def __init__(self, rule: FSDP, nbytes: int, name: str) -> None:
-        nothing = rule.tape.new(0, 1, f"gathered {name}", GATHERED)
-        nothing.storage.live = False
-        nothing.storage.nbytes = nbytes
-        self.storage = nothing.storage
+    storage = Storage(trace, 0, GATHERED, f"gathered {name}")
+    storage.live, storage.nbytes = False, nbytes
+    return storage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lab.analytic.architecture import ParameterSpec
 from lab.analytic.ops import Parameter
-from lab.analytic.sharding.base import Rule
+from lab.analytic.sharding.base import KEPT, Rule
 from lab.analytic.tape import Tensor
 from lab.units import MIB
 from lab.vocab import MemoryCategory
@@ -134,6 +134,10 @@ class DDP(Rule):
     @property
     def _delays(self) -> bool:
         return self.cfg.parallel.ddp.static_graph and self.begun == 1
+
+    def quiet_gradients(self, block: int) -> str | None:
+        busy = self.first_bucket or self.cfg.parallel.ddp.gradient_as_bucket_view
+        return None if busy and self.reduces else KEPT
 
     def grad_ready(self, spec: ParameterSpec, parameter: Parameter) -> None:
         if self._delays:

@@ -109,6 +109,9 @@ class ZeroRule(DeepSpeedRule):
 
     # -- backward --------------------------------------------------------------------------------
 
+    def quiet_gradients(self, block: int) -> str | None:
+        return None
+
     def grad_ready(self, spec: ParameterSpec, parameter: Parameter) -> None:
         self.reducer.grad_ready(spec, self.last_micro_step)
 

@@ -31,11 +31,11 @@ from __future__ import annotations
 
 from lab.analytic.architecture import ParameterSpec, tied_modules
 from lab.analytic.ops import Parameter
-from lab.analytic.sharding.base import PARAMETERS, DeepSpeedRule
+from lab.analytic.sharding.base import KEPT, PARAMETERS, PASSED_ON, DeepSpeedRule
 from lab.analytic.sharding.zero3_fetch import Coordinator
 from lab.analytic.sharding.zero3_gather import Gatherer, Sharded
 from lab.analytic.sharding.zero3_states import ShardedStates
-from lab.analytic.tape import FP32, Grads, Node, Tape, Tensor
+from lab.analytic.tape import FP32, Event, Grads, Node, Tape, Tensor
 from lab.config import RunConfig
 
 ALL_GATHER_STREAM = 1  # DeepSpeedZeRoOffload.__allgather_stream, with overlap_comm
@@ -44,7 +44,7 @@ ALL_GATHER_STREAM = 1  # DeepSpeedZeRoOffload.__allgather_stream, with overlap_c
 class Zero3(DeepSpeedRule):
     """Stage 3: every parameter is cut over the ranks, gathered around its modules, its gradient reduce-scattered."""
 
-    hook_nodes = True
+    module_hooks = True
     linear_keeps_parameter = True
 
     def __init__(self, cfg: RunConfig, tape: Tape, specs: list[ParameterSpec]) -> None:
@@ -52,6 +52,8 @@ class Zero3(DeepSpeedRule):
         self.options = cfg.parallel.zero
         self.sharded: dict[str, Sharded] = {}
         self.gatherer = Gatherer(tape, self.world, 0 if self.options.overlap_comm is False else ALL_GATHER_STREAM)
+        self.of_unit: list[list[Sharded]] = []  # the blocks', then the root's
+        self.trained_numel: list[int] = []  # theirs
         self.grads_remaining: dict[str, int] = {}
         self.frozen: list[Tensor] = []  # shards of parameters that no optimizer knows
 
@@ -66,6 +68,8 @@ class Zero3(DeepSpeedRule):
         shards: list[Tensor] = []
         for unit in self.units():
             shards += self._partition_unit(unit)
+            self.of_unit.append([self.sharded[spec.name] for spec in unit])
+            self.trained_numel.append(sum(spec.numel for spec in unit if spec.trainable))
         ordered = [self.sharded[spec.name] for spec in self.trained]  # the others keep the shards that zero.Init made
         sizes = self.parameter_itemsize, self.master_itemsize
         self.states = ShardedStates(self.cfg, self.tape, self.rank, ordered, sizes, shards, self.optimizer)
@@ -77,8 +81,7 @@ class Zero3(DeepSpeedRule):
             members[head] = members[embedding]
         self.coordinator = Coordinator(self.gatherer, self.options, members)
         for p in ordered:  # create_reduce_and_remove_grad_hooks gathers each for a moment
-            self.gatherer.all_gather([p])
-            self.gatherer.partition(p)
+            self.gatherer.visit(p)
 
     def _module(self, name: str) -> str:
         """The module that owns a parameter: around an adapted Linear's own there is peft's, as ``base_layer``."""
@@ -87,24 +90,31 @@ class Zero3(DeepSpeedRule):
 
     def units(self) -> list[list[ParameterSpec]]:
         """What exists whole at the same time: the lab partitions block by block, then the rest (parallel/zero.py)."""
-        return [[s for s in self.specs if s.unit == unit] for unit in (*range(self.cfg.model.num_layers), -1)]
+        units: dict[int, list[ParameterSpec]] = {unit: [] for unit in (*range(self.cfg.model.num_layers), -1)}
+        for spec in self.specs:
+            units[spec.unit].append(spec)
+        return list(units.values())
 
     def _partition_unit(self, specs: list[ParameterSpec]) -> list[Tensor]:
         """materialise draws every parameter in fp32 and casts it; zero.Init cuts one after the other."""
-        new, size = self.tape.new, self.parameter_itemsize
-        whole: list[Tensor] = []
+        trace, size = self.tape.trace, self.parameter_itemsize
+        whole: list[Event] = []
+        empty = self.tape.new(0, 1, "").storage
         for spec in specs:
-            drawn = new(spec.numel, FP32, spec.name, PARAMETERS)
-            whole.append(drawn if size == FP32 else new(spec.numel, size, spec.name, PARAMETERS))
-            del drawn
+            drawn = trace.allocate(spec.numel * FP32, PARAMETERS, spec.name)
+            if size != FP32:
+                cast = trace.allocate(spec.numel * size, PARAMETERS, spec.name)
+                trace.free(drawn)
+                drawn = cast
+            whole.append(drawn)
         shards: list[Tensor] = []
-        for spec in specs:
+        for spec, drawn in zip(specs, whole, strict=True):
             shard_numel = -(-spec.numel // self.world)
-            shard = new(shard_numel, size, f"shard of {spec.name}", PARAMETERS)
+            shard = self.tape.new(shard_numel, size, f"shard of {spec.name}", PARAMETERS)
             (shards if spec.trainable else self.frozen).append(shard)
             del shard
-            del whole[0]
-            parameter = self.add_parameter(spec, Tensor(new(0, size, "").storage, spec.numel, size))
+            trace.free(drawn)
+            parameter = self.add_parameter(spec, Tensor(empty, spec.numel, size))
             persist = spec.numel <= self.options.stage3_param_persistence_threshold
             self.sharded[spec.name] = Sharded(parameter, len(self.sharded), shard_numel, persist)
         return shards
@@ -117,27 +127,51 @@ class Zero3(DeepSpeedRule):
         self.coordinator.fetch(module, forward=True)
 
     def enter(self, module: str, x: Tensor) -> Tensor:
-        """Pre-forward hooks: fetch; PostBackwardFunctionModule on the input releases when its gradient is there."""
-        self.coordinator.fetch(module, forward=True)
-        self.grads_remaining[module] = 1 if x.node is not None else 0
+        """PostBackwardFunctionModule on the input says when its gradient is there."""
+        self.before_forward(module, x.node is not None)
 
         def backward(grads: Grads) -> Grads:
-            self.grads_remaining[module] -= 1
-            if self.grads_remaining[module] == 0:
-                self.coordinator.release(module, forward=False)
+            self.after_backward(module)
             return [grads[0]]
 
         return x if x.node is None else x.view(node=Node(self.tape, [x], backward))
 
     def leave(self, module: str, y: Tensor) -> Tensor:
-        """Forward hooks: release; PreBackwardFunctionForModule on the output fetches before the module's backward."""
-        self.coordinator.release(module, forward=True)
+        """PreBackwardFunctionForModule on the output."""
+        self.after_forward(module)
 
         def backward(grads: Grads) -> Grads:
-            self.coordinator.fetch(module, forward=False)
+            self.before_backward(module)
             return [grads[0]]
 
         return y if y.node is None else y.view(node=Node(self.tape, [y], backward))
+
+    def before_forward(self, module: str, differentiable: bool) -> None:
+        self.coordinator.fetch(module, forward=True)
+        self.grads_remaining[module] = 1 if differentiable else 0
+
+    def after_forward(self, module: str) -> None:
+        self.coordinator.release(module, forward=True)
+
+    def before_backward(self, module: str) -> None:
+        self.coordinator.fetch(module, forward=False)
+
+    def after_backward(self, module: str) -> None:
+        self.grads_remaining[module] -= 1
+        if self.grads_remaining[module] == 0:
+            self.coordinator.release(module, forward=False)
+
+    def hooks_repeat(self, block: int) -> bool:
+        return self.coordinator.untouched(self.of_unit[block])
+
+    def replay_memory(self, replayed: bool) -> None:
+        self.coordinator.memory_is_replayed = replayed
+
+    def quiet_gradients(self, block: int) -> str | None:
+        reducer = self.states.reducer
+        if not reducer.takes(self.trained_numel[block]):
+            return None
+        return KEPT if reducer.buffer is None else PASSED_ON
 
     def grad_ready(self, spec: ParameterSpec, parameter: Parameter) -> None:
         self.states.reducer.add(self.sharded[spec.name])

@@ -14,31 +14,44 @@ on (the next micro-step, if there are several) it prefetches, and keeps what is 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
+from collections.abc import Sequence
 
-from lab.analytic.sharding.zero3_gather import AVAILABLE, NOT_AVAILABLE, Gatherer, Sharded
+from lab.analytic.sharding.zero3_gather import AVAILABLE, NEVER, NOT_AVAILABLE, Gatherer, Sharded
 from lab.config import ZeroOptions
 
-NEVER = -(10**10)
+
+class Module:
+    """A module and the parameters that it holds directly (iter_params)."""
+
+    __slots__ = ("by_index", "name", "numel", "params")
+
+    def __init__(self, name: str, params: list[Sharded]) -> None:
+        self.name, self.params, self.numel = name, params, sum([p.numel for p in params])
+        self.by_index = sorted(params, key=lambda p: p.index)
 
 
 class Coordinator:
-    """``members``: the parameters that each module holds directly (iter_params), by module name."""
+    """``members``: the parameters that each module holds directly, by module name."""
 
     def __init__(self, gatherer: Gatherer, options: ZeroOptions, members: dict[str, list[Sharded]]) -> None:
-        self.gatherer, self.options, self.members = gatherer, options, members
+        self.gatherer, self.options = gatherer, options
+        self.modules = {name: Module(name, params) for name, params in members.items()}
+        self.params = list(dict.fromkeys(p for params in members.values() for p in params))
         self.trace_mode = "invalid"  # then "record", then "complete"
-        self.submodules: list[str] = []
+        self.submodules: list[Module] = []
         self.param_order: list[tuple[Sharded, int]] = []
-        self.queue: deque[tuple[Sharded, int]] = deque()
-        self.fetched_for: dict[Sharded, int] = {}  # most_recent_step_id_param_fetched_for
+        self.memory_is_replayed = False
+        self.place = 0  # in that order: what is before it has been taken off the queue
         self.num_available = 0  # elements
         self.step_id = 0
-        self.backward_modules: dict[str, None] = {}  # active_backward_submodules
-        self.release_cache: dict[tuple[str, int], set[Sharded]] = {}  # lru_cache of params_to_release
+        self.backward_modules: dict[Module, None] = {}  # active_backward_submodules
+        self.release_cache: dict[tuple[Module, int], list[Sharded]] = {}  # lru_cache of params_to_release
 
-    def _of(self, module: str) -> list[Sharded]:
-        return self.members.get(module, [])
+    def _module(self, name: str) -> Module:
+        module = self.modules.get(name)
+        if module is None:
+            module = self.modules[name] = Module(name, [])
+        return module
 
     def reset_step(self) -> None:
         """At every forward's start, so once per micro-step."""
@@ -46,120 +59,147 @@ class Coordinator:
             self.gatherer.wait(p)
             self._release(p)
         if self.trace_mode == "record":
-            for step, module in enumerate(self.submodules):
-                self.param_order += [(p, step) for p in sorted(self._of(module), key=lambda p: p.index)]
             self._index_trace()
             self.trace_mode = "complete"
         elif self.trace_mode == "invalid":
             self.trace_mode = "record"
-        self.queue = deque(self.param_order)
-        self.fetched_for = {}
-        self.step_id = self.num_available = 0
+        for p in self.params:
+            p.fetched_for = NEVER
+        self.place = self.step_id = self.num_available = 0
+
+    def untouched(self, params: Sequence[Sharded]) -> bool:
+        """In the pass that records: are none of these gathered, or about to be? Then each will be where it is used."""
+        if self.trace_mode != "record" or self.gatherer.inflight:
+            return False
+        return all(p.status is NOT_AVAILABLE and not p.active for p in params)
 
     # -- fetch -----------------------------------------------------------------------------------
 
-    def fetch(self, module: str, forward: bool) -> None:
+    def fetch(self, name: str, forward: bool) -> None:
         """fetch_sub_module: gather what the module needs now, wait for it, prefetch what comes next."""
-        if self.trace_mode == "record":
+        module, recording = self._module(name), self.trace_mode == "record"
+        if recording:
             self.submodules.append(module)
-        assert self.submodules[self.step_id] == module, "DeepSpeed would drop its trace and record again"
+        assert self.submodules[self.step_id] is module, "DeepSpeed would drop its trace and record again"
         if not forward:
             self.backward_modules[module] = None
-        params = self._of(module)
+        params = () if self.memory_is_replayed else module.params
         if params:
-            self.num_available += self.gatherer.start(params)
-        for p in params:
-            p.active.add(module)
-            if p in self.gatherer.inflight:
-                self.gatherer.wait(p)
-        if self.trace_mode == "complete" and self.queue:
+            self._gather(name, params)
+        if not recording and self.place < len(self.param_order):
             if params:
                 self._forget(params)
             self._prefetch()
         self.step_id += 1
 
-    def _forget(self, params: list[Sharded]) -> None:
+    def _gather(self, module: str, params: Sequence[Sharded]) -> None:
+        gatherer = self.gatherer
+        missing = [p for p in params if p.status is NOT_AVAILABLE]
+        if len(missing) == 1:
+            gatherer.gather_alone(missing[0])
+            self.num_available += missing[0].numel
+        elif missing:
+            self.num_available += gatherer.start(missing)
+        for p in params:
+            p.active.add(module)
+            if p in gatherer.inflight:
+                gatherer.wait(p)
+
+    def _forget(self, params: Sequence[Sharded]) -> None:
         """Take the module's own parameters off the queue, unless a prefetch has."""
-        ahead = {p for p in params if self.fetched_for.get(p, NEVER) < self.step_id}
+        step_id, order, place = self.step_id, self.param_order, self.place
+        ahead = 0
+        for p in params:
+            if p.fetched_for < step_id:
+                ahead += 1
         found: set[Sharded] = set()
-        while self.queue and len(found) < len(ahead):
-            p, step = self.queue.popleft()
-            self.fetched_for[p] = step
+        while place < len(order) and len(found) < ahead:
+            p, p.fetched_for = order[place]
+            place += 1
             found.add(p)
+        self.place = place
 
     def _prefetch(self) -> None:
         live = self.options.stage3_max_live_parameters - self.num_available
         room = min(live, self.options.stage3_prefetch_bucket_size)
-        if room <= 0:
-            return
         wanted: dict[Sharded, None] = {}
-        numel = 0
-        while self.queue and numel < room:
-            p, step = self.queue.popleft()
-            self.fetched_for[p] = max(self.fetched_for.get(p, NEVER), step)
-            if p.status == NOT_AVAILABLE and p not in wanted:
+        numel, order, place = 0, self.param_order, self.place
+        end = len(order)
+        while place < end and numel < room:
+            p, step = order[place]
+            place += 1
+            if step > p.fetched_for:
+                p.fetched_for = step
+            if p.status is NOT_AVAILABLE and p not in wanted:
                 wanted[p] = None
                 numel += p.numel
-        self.num_available += self.gatherer.start(list(wanted))
+        self.place = place
+        if wanted:
+            self.num_available += self.gatherer.start(list(wanted))
 
     # -- release ---------------------------------------------------------------------------------
 
-    def release(self, module: str, forward: bool) -> None:
+    def release(self, name: str, forward: bool) -> None:
         """release_sub_module: after the module's forward, and after its backward."""
-        params = self._of(module)
+        module = self._module(name)
         if not forward:
             self.backward_modules.pop(module, None)
-        if not params:
+        params = module.params
+        if not params or self.memory_is_replayed:
             return
-        free = self._params_to_release(module) if self.trace_mode == "complete" else set(params)
+        free = self._params_to_release(module) if self.trace_mode == "complete" else params
         for p in params:
-            p.active.discard(module)
+            p.active.discard(name)
             if p in free:
                 self._release(p)
 
-    def _params_to_release(self, module: str) -> set[Sharded]:
+    def _params_to_release(self, module: Module) -> list[Sharded]:
         """Decided once per module and place in the order, in the first pass over the complete trace (lru_cache)."""
-        key = (module, self.step_id)
+        step = self.step_id
+        key = (module, step)
         if key not in self.release_cache:
-            free = {p for p in self._of(module) if not p.persist}
-            free -= {p for p in free if self.fetched_for.get(p, NEVER) > self.step_id}
-            self.release_cache[key] = {p for p in free if not self._reused_soon(p)}
+            self.release_cache[key] = [
+                p for p in module.params if not p.persist and p.fetched_for <= step and not self._reused_soon(p)
+            ]
         return self.release_cache[key]
 
     def _index_trace(self) -> None:
         """Where each parameter is used, and how many elements the modules before each place use."""
-        self.uses: dict[Sharded, list[int]] = {}
+        before = 0
         self.elements_before = [0]
         for step, module in enumerate(self.submodules):
-            for p in self._of(module):
-                self.uses.setdefault(p, []).append(step)
-            self.elements_before.append(self.elements_before[-1] + sum(p.numel for p in self._of(module)))
+            if module.params:
+                for p in module.by_index:
+                    self.param_order.append((p, step))
+                    p.uses.append(step)
+                before += module.numel
+            self.elements_before.append(before)
 
     def _reused_soon(self, p: Sharded) -> bool:
         """Does a later module, less than ``stage3_max_reuse_distance`` elements on, use it?"""
-        uses = self.uses[p]
-        later = bisect_left(uses, self.step_id)
-        if later == len(uses):
+        later = bisect_left(p.uses, self.step_id)
+        if later == len(p.uses):
             return False
-        distance = self.elements_before[uses[later]] - self.elements_before[self.step_id]
+        distance = self.elements_before[p.uses[later]] - self.elements_before[self.step_id]
         return distance < self.options.stage3_max_reuse_distance
 
     def _release(self, p: Sharded) -> None:
-        if p.status == AVAILABLE and not p.active:
+        if p.status is AVAILABLE and not p.active:
             self.gatherer.partition(p)
             self.num_available -= p.numel
 
     def release_backward_leftovers(self) -> None:
         """At a backward's end: modules whose input needed no gradient were never told that theirs was done."""
         while self.backward_modules:
-            for p in self._of(module := self.backward_modules.popitem()[0]):
-                p.active.discard(module)
+            module = self.backward_modules.popitem()[0]
+            for p in module.params:
+                p.active.discard(module.name)
                 if not p.persist:
                     self._release(p)
 
     def release_and_reset_all(self) -> None:
         """At the optimizer step's start: every parameter, persistent ones too."""
-        for p in {p: None for params in self.members.values() for p in params}:
+        for p in self.params:
             if p in self.gatherer.inflight:
                 self.gatherer.wait(p)
             p.active.clear()

@@ -12,43 +12,47 @@ N = world_size, e = bytes per parameter element, shard = ceil(numel / N).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from operator import attrgetter
 
 from lab.analytic.ops import Parameter
-from lab.analytic.tape import Tape, Tensor
+from lab.analytic.tape import Storage, Tape, Tensor
 from lab.vocab import MemoryCategory
 
 GATHERED, COMM = MemoryCategory.GATHERED_PARAMETERS, MemoryCategory.COMM_BUFFERS
 NOT_AVAILABLE, INFLIGHT, AVAILABLE = "not available", "in flight", "available"  # ZeroParamStatus
+NEVER = -(10**10)
 
 
-@dataclass(eq=False)
 class Sharded:
     """One parameter: ``index`` is ds_id, ``shard_numel`` the padded share of a rank (partition_numel)."""
 
-    parameter: Parameter
-    index: int
-    shard_numel: int
-    persist: bool
-    status: str = NOT_AVAILABLE
-    active: set[str] = field(default_factory=set)  # ds_active_sub_modules
-    numel: int = field(init=False)
+    __slots__ = (
+        *("absent", "active", "fetched_for", "index", "itemsize", "label", "name", "numel", "parameter", "persist"),
+        *("shard_numel", "status", "uses"),
+    )
 
-    def __post_init__(self) -> None:
-        self.numel = self.parameter.numel
+    def __init__(self, parameter: Parameter, index: int, shard_numel: int, persist: bool) -> None:
+        self.parameter, self.index, self.shard_numel, self.persist = parameter, index, shard_numel, persist
+        self.name, self.numel, self.itemsize = parameter.name, parameter.numel, parameter.tensor.itemsize
+        self.label = f"gathered {parameter.name}"
+        self.absent = parameter.tensor  # as it is now: empty
+        self.status = NOT_AVAILABLE
+        self.active: set[str] = set()  # ds_active_sub_modules
+        self.fetched_for = NEVER  # most_recent_step_id_param_fetched_for
+        self.uses: list[int] = []  # the places in the order of modules that use it
 
 
 _index = attrgetter("index")
 
 
-@dataclass
 class Handle:
     """An all-gather under way; ``flat`` is what it fills when several parameters share it."""
 
-    params: list[Sharded]
-    flat: Tensor | None = None
-    complete: bool = False
+    __slots__ = ("complete", "flat", "params")
+
+    def __init__(self, params: list[Sharded]) -> None:
+        self.params, self.complete = params, False
+        self.flat: Tensor | None = None
 
 
 class Gatherer:
@@ -57,57 +61,66 @@ class Gatherer:
     def __init__(self, tape: Tape, world: int, stream: int) -> None:
         self.tape, self.world, self.stream = tape, world, stream
         self.inflight: dict[Sharded, Handle] = {}
-        self.empty = tape.new(0, 1, "").storage
 
-    def _whole(self, p: Sharded, padded: bool) -> Tensor:
-        size = p.parameter.tensor.itemsize
-        numel = p.shard_numel * self.world if padded else p.numel
-        storage = self.tape.new(numel, size, f"gathered {p.parameter.name}", GATHERED).storage
-        return Tensor(storage, p.numel, size)
+    def _make_whole(self, p: Sharded, padded: bool) -> None:
+        nbytes = (p.shard_numel * self.world if padded else p.numel) * p.itemsize
+        p.parameter.tensor = Tensor(Storage(self.tape.trace, nbytes, GATHERED, p.label), p.numel, p.itemsize)
+
+    def visit(self, p: Sharded) -> None:
+        """Gathered by itself and given up at once."""
+        if self.world > 1:
+            trace = self.tape.trace
+            trace.free(trace.allocate(p.shard_numel * self.world * p.itemsize, GATHERED, p.label))
 
     def all_gather(self, params: list[Sharded]) -> None:
         """Blocking (Init._all_gather), on the current stream: one padded buffer per parameter, which it becomes."""
         for p in params:
-            if p.status == NOT_AVAILABLE:
+            if p.status is NOT_AVAILABLE:
                 if self.world > 1:
-                    p.parameter.tensor = self._whole(p, padded=True)
+                    self._make_whole(p, padded=True)
                 p.status = AVAILABLE
 
     def start(self, params: list[Sharded]) -> int:
-        """Start one all-gather of those that are not there; the elements it fetches."""
-        params = [p for p in params if p.status == NOT_AVAILABLE]
-        if not params:
-            return 0
+        """Start one all-gather of parameters that are not there; the elements it fetches."""
         params.sort(key=_index)
         handle = Handle(params)
-        self.tape.trace.stream = self.stream
+        trace = self.tape.trace
+        trace.stream = self.stream
         if self.world > 1 and len(params) == 1:
-            params[0].parameter.tensor = self._whole(params[0], padded=True)
+            self._make_whole(params[0], padded=True)
         elif self.world > 1:
-            size = params[0].parameter.tensor.itemsize
-            padded = sum(p.shard_numel for p in params) * self.world
-            handle.flat = self.tape.new(padded, size, "ZeRO-3 all-gather", COMM)
-        self.tape.trace.stream = 0
+            padded = sum([p.shard_numel for p in params]) * self.world
+            handle.flat = self.tape.new(padded, params[0].itemsize, "ZeRO-3 all-gather", COMM)
+        trace.stream = 0
         for p in params:
             p.status = INFLIGHT
             self.inflight[p] = handle
-        return sum(p.numel for p in params)
+        return sum([p.numel for p in params])
+
+    def gather_alone(self, p: Sharded) -> None:
+        """``start`` with one parameter and ``wait`` at once."""
+        if self.world > 1:
+            trace = self.tape.trace
+            trace.stream = self.stream
+            self._make_whole(p, padded=True)
+            trace.stream = 0
+        p.status = AVAILABLE
 
     def wait(self, p: Sharded) -> None:
         """Make a parameter in flight available, and with it all that its all-gather brings."""
         handle = self.inflight.pop(p)
         if handle.complete:
             return
-        self.tape.trace.stream = self.stream
+        trace = self.tape.trace
+        trace.stream = self.stream
         for q in handle.params:
             if handle.flat is not None:
-                q.parameter.tensor = self._whole(q, padded=False)
+                self._make_whole(q, padded=False)
             q.status = AVAILABLE
-        self.tape.trace.stream = 0
+        trace.stream = 0
         handle.complete = True
 
     def partition(self, p: Sharded) -> None:
         """free_param: ``data`` becomes an empty tensor."""
-        size = p.parameter.tensor.itemsize
-        p.parameter.tensor = Tensor(self.empty, p.numel, size)
+        p.parameter.tensor = p.absent
         p.status = NOT_AVAILABLE

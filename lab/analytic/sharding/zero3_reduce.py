@@ -35,11 +35,15 @@ class Reducer:
         if options.contiguous_gradients:
             self.buffer = tape.new(options.reduce_bucket_size, itemsize, "ZeRO-3 reduce bucket", COMM)
 
+    def takes(self, numel: int) -> bool:
+        """Is there room for so many elements more, before anything is reduced?"""
+        return self.numel + numel <= self.options.reduce_bucket_size
+
     def add(self, p: Sharded) -> None:
         """reduce_independent_p_g_buckets_and_remove_grads, the hook on every gradient."""
-        if self.waiting and self.numel + p.numel > self.options.reduce_bucket_size:
+        if self.waiting and not self.takes(p.numel):
             self.reduce()
-        if self.buffer is not None and self.numel + p.numel <= self.options.reduce_bucket_size:
+        if self.buffer is not None and self.takes(p.numel):
             p.parameter.accumulator.grad = self.buffer.view(p.numel)
         self.waiting.append(p)
         self.numel += p.numel

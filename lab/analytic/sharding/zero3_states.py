@@ -5,17 +5,20 @@ Source: DeepSpeed 0.19.8, runtime/zero/stage3.py (class and attribute names belo
 
 from __future__ import annotations
 
+from functools import partial
+
 from lab.analytic.optimizers import Optimizer
 from lab.analytic.reduce import norm_workspace_bytes
+from lab.analytic.segments import Passing, recorded
 from lab.analytic.sharding.zero3_gather import Sharded
 from lab.analytic.sharding.zero3_reduce import Reducer
-from lab.analytic.tape import BOOL, FP32, Tape, Tensor
+from lab.analytic.tape import BOOL, FP32, Event, Tape, Tensor, Trace
 from lab.config import RunConfig
 from lab.vocab import MemoryCategory, Precision
 
 FP64 = 8  # bytes; zero/utils.py, get_norm_dtype
 PARAMETERS, MASTER = MemoryCategory.PARAMETERS, MemoryCategory.MASTER_WEIGHTS
-GRADIENTS = MemoryCategory.GRADIENTS
+GRADIENTS, TEMPORARIES = MemoryCategory.GRADIENTS, MemoryCategory.TEMPORARIES
 
 
 def shard_elements(params: list[Sharded]) -> int:
@@ -65,6 +68,7 @@ class ShardedStates:
         self.groups = sub_groups(params, options.sub_group_size)
         self.optimizer = optimizer
         self.masters: list[Tensor] = []
+        self.norms: list[Passing] = []  # by sub-group: what its gradient norm allocates for a moment
         converted: Tensor | None = None  # one sub-group's lives until the next one's is there
         for group in self.groups:
             if master != size:
@@ -108,17 +112,23 @@ class ShardedStates:
     def _norms(self) -> list[Tensor]:
         """get_grad_norm_direct per sub-group, with or without clipping: a gradient shard in fp64 at a time."""
         groups: list[Tensor] = []
-        for group in self.groups:
-            norms: list[Tensor] = []
-            for p in group:
-                wide = self.tape.new(p.shard_numel, FP64, "gradient shard, fp64")
-                norms.append(self.tape.new(1, FP64, "gradient norm"))
-                partial = norm_workspace_bytes(p.shard_numel, self.cfg.hardware.num_streaming_multiprocessors)
-                if partial and self.tape.trace.on_device_kernels:
-                    sums = self.tape.new(partial, 1, "norm, partial sums")
-                    self.tape.new(1, FP32, "norm, semaphore")
-                    del sums
-                del wide
-            norms.clear()
+        for index, group in enumerate(self.groups):
+            if index == len(self.norms):
+                self.norms.append(recorded(self.tape.trace, partial(self._norms_of, group)))
+            self.norms[index].play(self.tape.trace)
             groups.append(self.tape.new(1, FP64, "sub-group norm"))
         return groups
+
+    def _norms_of(self, group: list[Sharded], trace: Trace) -> None:
+        norms: list[Event] = []
+        for p in group:
+            wide = trace.allocate(p.shard_numel * FP64, TEMPORARIES, "gradient shard, fp64")
+            norms.append(trace.allocate(FP64, TEMPORARIES, "gradient norm"))
+            sums = norm_workspace_bytes(p.shard_numel, self.cfg.hardware.num_streaming_multiprocessors)
+            if sums and trace.on_device_kernels:
+                partial_sums = trace.allocate(sums, TEMPORARIES, "norm, partial sums")
+                trace.free(trace.allocate(FP32, TEMPORARIES, "norm, semaphore"))
+                trace.free(partial_sums)
+            trace.free(wide)
+        for norm in reversed(norms):  # as a list lets go of them
+            trace.free(norm)
