@@ -40,7 +40,9 @@ def make_meter(
     if cfg.train.compile and device.type == "cpu":
         backend.notes.append("train.compile: nothing is compiled while the CPU tracker's dispatch mode is on")
     workspaces = (cfg.hardware.cublas_workspace_bytes, cfg.hardware.cublaslt_workspace_bytes)
-    ledger = Ledger(cfg.model.vocab_size, workspaces, cfg.checkpointing.kind is Checkpointing.SELECTIVE)
+    kind = cfg.checkpointing.kind
+    bound = kind is not Checkpointing.NONE and cfg.model.family != "lab"
+    ledger = Ledger(cfg.model.vocab_size, workspaces, kind is Checkpointing.SELECTIVE, bound)
     if cfg.vocab_size_is_ambiguous:
         backend.notes.append("model.vocab_size equals another width: its activations count as logits_and_loss")
     return AllocatorMeter(

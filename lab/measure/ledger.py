@@ -11,7 +11,8 @@ own graph node). So the hooks move no peak and no end; ``tests/unit/test_measure
 ``tests/distributed/test_measure_strategies.py`` compare both to the byte.
 Inside a checkpointed block the checkpoint's own hooks replace these, and autograd saves nothing there
 but the block's inputs, which these do see. Selective checkpointing keeps tensors in caches of its own,
-which are looked up among Python's objects.
+which are looked up among Python's objects, and so are the arguments that transformers binds to a checkpointed layer
+(positions, rotary tables, the mask).
 """
 
 from __future__ import annotations
@@ -54,12 +55,17 @@ class LedgerReading:
 
 
 class Ledger:
-    """Sorts allocations into categories. ``vocab_size`` tells logits from other saved tensors."""
+    """Sorts allocations into categories. ``vocab_size`` tells logits from other saved tensors.
 
-    def __init__(self, vocab_size: int, workspace_sizes: Iterable[int] = (), selective: bool = False) -> None:
+    ``selective``: checkpointing is. ``bound``: checkpointed functions have arguments bound to them.
+    """
+
+    def __init__(
+        self, vocab_size: int, workspace_sizes: Iterable[int] = (), selective: bool = False, bound: bool = False
+    ) -> None:
         self._vocab_size = vocab_size
         self._workspace_sizes = frozenset(size for size in workspace_sizes if size)
-        self._selective = selective
+        self._selective, self._bound = selective, bound
         self._claims: dict[int, tuple[MemoryCategory, Any]] = {}  # StorageImpl address -> category, weak reference
 
     def watch_forward(self) -> AbstractContextManager[Any]:
@@ -91,6 +97,8 @@ class Ledger:
                 own(category, storage)
         if self._selective:
             self._claim_checkpoint_caches()
+        if self._bound:
+            self._claim_bound_arguments()
         for category, reference in list(self._claims.values()):
             storage = reference()
             if storage is not None:
@@ -142,6 +150,21 @@ class Ledger:
         for thing in gc.get_objects():
             if type(thing) is _VersionWrapper and isinstance(thing.val, Tensor):
                 self._claim_saved(thing.val)
+
+    def _claim_bound_arguments(self) -> None:
+        """functools.partial's, in the frames of non-reentrant checkpointing (transformers/modeling_layers.py)."""
+        from torch.utils.checkpoint import _CheckpointFrame
+
+        for thing in gc.get_objects():
+            if type(thing) is not _CheckpointFrame:
+                continue
+            run = thing.recompute_fn
+            held = dict(zip(run.__code__.co_freevars, run.__closure__ or (), strict=True))
+            function = held["fn"].cell_contents if "fn" in held else None
+            for value in function.keywords.values() if isinstance(function, partial) else ():
+                for tensor in value if isinstance(value, tuple) else (value,):
+                    if isinstance(tensor, Tensor):
+                        self._claim_saved(tensor)
 
     def _gone(self, key: int, reference: Any) -> None:
         claim = self._claims.get(key)
