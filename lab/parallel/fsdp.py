@@ -61,6 +61,8 @@ class FSDPEngine(TorchStep):
             yield MemoryCategory.PARAMETERS, _local(shard)
             if shard.grad is not None:
                 yield MemoryCategory.GRADIENTS, _local(shard.grad)
+        for parameter in recast_parameters(self.model):
+            yield MemoryCategory.PARAMETERS, parameter
         for parameter in self.model.parameters():  # whole ones, in units that are gathered now
             if not isinstance(parameter, DTensor):
                 yield MemoryCategory.GATHERED_PARAMETERS, parameter.data
@@ -78,6 +80,16 @@ class FSDPEngine(TorchStep):
         self.drop_states()
         self.shards = []
         self.model = nn.Module()
+
+
+def recast_parameters(model: nn.Module) -> Iterator[Tensor]:
+    """Whole parameters whose data are no longer what was gathered: bitsandbytes' Linear4bit casts its bias for good."""
+    for unit in model.modules():
+        group = unit._get_fsdp_state()._fsdp_param_group if isinstance(unit, FSDPModule) else None
+        for member in group.fsdp_params if group else ():
+            whole = getattr(member, "_unsharded_param", None)
+            if whole is not None and whole.dtype != (member.param_dtype or member.orig_dtype):
+                yield _local(whole.data)
 
 
 def whole_gradients(model: nn.Module) -> Iterator[Tensor]:

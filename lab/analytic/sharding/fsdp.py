@@ -39,6 +39,7 @@ class Unit:
 
     index: int
     members: list[tuple[ParameterSpec, Parameter]] = field(default_factory=list)
+    storages: list[Storage] = field(default_factory=list)  # the members', gathered, whatever they are given since
     shard_bytes: int = 0  # this rank's padded shards, as they are gathered
     cast_numel: int = 0  # of these, what mixed precision casts first
     trained_numel: int = 0  # of these, what has gradients
@@ -119,6 +120,7 @@ class FSDP(Rule):
         numel = packed_shape(spec.numel, self.cfg.quantization)[0] if spec.quantized else spec.numel
         whole = Tensor(_unallocated(self.tape.trace, padded * self.size * size, spec.name), numel, size)
         unit = self.units[self.unit_of(spec)]
+        unit.storages.append(whole.storage)
         unit.members.append((spec, self.add_parameter(spec, whole, quantized)))
         unit.shard_bytes += padded * size
         unit.cast_numel += padded if self.mixed and not spec.quantized else 0
@@ -171,10 +173,10 @@ class FSDP(Rule):
             return
         before = self.previous if forward and unit.all_gather is not None else None  # a local variable: to the end
         if self.one_by_one:
-            for spec, parameter in unit.members:
+            for (spec, parameter), storage in zip(unit.members, unit.storages, strict=True):
                 cast = not spec.quantized
                 held = self.tape.new(parameter.numel, self.compute_itemsize, "FSDP cast", COMM) if cast else None
-                parameter.tensor.storage.resize(True)
+                storage.resize(True)
                 del held
         else:
             self._resize(unit, True)
@@ -189,8 +191,8 @@ class FSDP(Rule):
         unit.gathered = False
 
     def _resize(self, unit: Unit, live: bool) -> None:
-        """The members' storages, together unless a module has given a parameter another one (a quantized bias)."""
-        storages = [p.tensor.storage for _, p in unit.members]
+        """The members' storages, together. A 4-bit layer's bias in the compute dtype is not among them: it stays."""
+        storages = unit.storages
         if live == unit.gathered or not storages:
             return
         same = unit.whole is not None and unit.whole.are(storages)
