@@ -51,7 +51,7 @@ class Replay:
             self._mark(StepPhase.FORWARD, True)
             self._mark(StepPhase.BACKWARD, False)
             roots = self._scaled(loss)
-            self.tape.backward(roots[-1])
+            self.tape.backward(roots[-1], self.rule.end_backward)
             self.rule.finish_backward()
             del roots
             self._mark(StepPhase.BACKWARD, True)

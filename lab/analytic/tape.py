@@ -276,8 +276,8 @@ class Tape:
     ) -> Tensor:
         return Tensor(Storage(self.trace, numel * itemsize, category, label), numel, itemsize)
 
-    def backward(self, root: Tensor) -> None:
-        """Run the graph behind ``root`` (a scalar loss) and free it."""
+    def backward(self, root: Tensor, last: Callable[[], None] | None = None) -> None:
+        """Run the graph behind ``root`` (a scalar loss) and free it; then what the engine calls when it is done."""
         assert root.node is not None
         count_dependencies(root.node)
         seed: Grads = [None] * root.node.num_slots
@@ -287,6 +287,9 @@ class Tape:
         del seed
         start, root.node = [root.node], None
         self.run(start)
+        if last is not None:
+            last()
+        del first
 
     def run(self, start: list[Node]) -> None:
         """Run one node, which is taken out of ``start``, and all behind it.

@@ -133,9 +133,9 @@ class AccelerateFSDP(FSDP):
         else:
             self.free(unit)
 
-    def finish_backward(self) -> None:
+    def end_backward(self) -> None:
         """An all-gather that was started for a unit whose backward never came is dropped (finalize_backward)."""
-        super().finish_backward()
+        super().end_backward()
         for unit in self.units.values():
             unit.all_gather = None
 

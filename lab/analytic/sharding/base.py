@@ -104,7 +104,11 @@ class Rule:
 
     def start_step(self) -> None: ...
 
-    def finish_backward(self) -> None: ...
+    def end_backward(self) -> None:
+        """Inside backward, when the graph has run: queue_callback's."""
+
+    def finish_backward(self) -> None:
+        """When backward has returned."""
 
     def optimizer_step(self) -> None:
         norm: Tensor | None = None

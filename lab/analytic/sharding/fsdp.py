@@ -274,7 +274,7 @@ class FSDP(Rule):
             unit.sharded_grad = output
         del output, last
 
-    def finish_backward(self) -> None:
+    def end_backward(self) -> None:
         """_root_post_backward_final_callback: the root's gradients come last, then units whose input needed none."""
         for unit in self.units.values():
             if unit.index < 0 or not unit.reduced:
