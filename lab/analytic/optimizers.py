@@ -93,12 +93,15 @@ class TorchOptimizer(Optimizer):
                 new(n * size, STATES, "momentum_buffer")
 
 
-def clip_gradients(tape: Tape, gradients: Sequence[tuple[int, int]]) -> Tensor:
+def clip_gradients(tape: Tape, gradients: Sequence[tuple[int, int]], sharded: bool = False) -> Tensor:
     """torch.nn.utils.clip_grad_norm_: a norm per gradient, their stack, the total and the coefficient.
 
     ``gradients``: (elements, element size). Scalars in their type, and on a GPU a partial norm in fp32 per chunk of
     65536 elements, for every gradient as many as the largest has (ForeachReduceOp.cu, foreach_tensor_norm_cuda).
     foreach multiplies in place. Returns the total norm, which the caller may keep.
+
+    ``sharded``: DTensors, each rank's norms of its shards, whose squares are summed over the ranks before the total
+    (torch/distributed/tensor/_ops/_math_ops.py, _NormPartial).
     """
     norms = []
     for itemsize in dict.fromkeys(size for _, size in gradients):  # a foreach call per type
@@ -109,6 +112,9 @@ def clip_gradients(tape: Tape, gradients: Sequence[tuple[int, int]]) -> Tensor:
         del sums
     itemsize = max(size for _, size in gradients)
     stacked = tape.new(len(norms), itemsize, "gradient norms")
+    if sharded:  # the powers, a copy that all-reduce writes into, the roots
+        reduced = [tape.new(len(norms), itemsize, "gradient norms") for _ in range(3)]
+        del reduced
     total = tape.new(1, itemsize, "total norm")
     del stacked
     norms.clear()

@@ -28,6 +28,7 @@ class Rule:
     steady_step = 2
     repeats_from = 1
     deepspeed = False  # its engine always divides the loss by the micro-steps and multiplies it by the loss scale
+    partial_norms = False  # a rank has norms of shards, which clipping sums over ranks
     always_divides_loss = False  # Accelerate's backward divides by the micro-steps even where there is one
     module_hooks = False  # ``enter`` and ``leave`` do something inside blocks too: the four functions below, and a node
     linear_keeps_parameter = False  # DeepSpeed's LinearFunctionForZeroStage3, see Ops.linear
@@ -113,7 +114,7 @@ class Rule:
     def optimizer_step(self) -> None:
         norm: Tensor | None = None
         if self.cfg.train.max_grad_norm is not None:
-            norm = clip_gradients(self.tape, self.optimizer_parameters())
+            norm = clip_gradients(self.tape, self.optimizer_parameters(), self.partial_norms)
         del norm
         self.optimizer.step(self.optimizer_parameters(), self.optimizer_shapes())
 

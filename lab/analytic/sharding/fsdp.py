@@ -57,6 +57,7 @@ class FSDP(Rule):
     def __init__(self, cfg: RunConfig, tape: Tape, specs: list[ParameterSpec]) -> None:
         super().__init__(cfg, tape, specs)
         self.size = cfg.fsdp_shard_size
+        self.partial_norms = self.size > 1
         self.mixed = cfg.precision.kind in (Precision.BF16_MIXED, Precision.FP16_MIXED)
         self.reshard = cfg.parallel.strategy is not Strategy.FSDP_GRAD_OP
         self.units = {i: Unit(i) for i in (-1, *range(cfg.model.num_layers))}
