@@ -34,7 +34,8 @@ from lab.analytic.layer_merging import FIRST, LATER, merged_backward
 from lab.analytic.layer_recording import record
 from lab.analytic.layer_rounds import RoundRecorder
 from lab.analytic.ops import Parameter
-from lab.analytic.sharding.base import KEPT
+from lab.analytic.segments import Segment
+from lab.analytic.sharding.base import KEPT, Rule
 from lab.analytic.step import Replay
 from lab.analytic.tape import SEGMENT, Grads, Node, Storage, Tensor
 from lab.config import RunConfig
@@ -43,21 +44,36 @@ FORWARD, BACKWARD = "forward", "backward"
 SPARE = 64  # storages by which a recording with another incoming gradient may exceed the first
 
 
+class Known:
+    """Recordings of one run's blocks, for all its ranks: what a block does inside is the same on each."""
+
+    def __init__(self) -> None:
+        self.recordings: dict[Hashable, Recording | None] = {}
+        self.kinds: dict[Hashable, int] = {}  # blocks with like parameters
+        self.segments: list[Segment] = []
+
+
 def replay_steps(
-    cfg: RunConfig, rank: int, for_allocator: bool = True, further: int = 0, fresh: Replay | None = None
+    cfg: RunConfig,
+    rank: int,
+    for_allocator: bool = True,
+    further: int = 0,
+    fresh: Replay | None = None,
+    known: Known | None = None,
 ) -> Replay:
     """A run built and stepped up to the step from which steps repeat, or its last; ``trace`` may hold segments.
 
     ``for_allocator``: up to where its cached segments repeat as well. ``further``: that many steps more. ``fresh``: a
-    replay that is not built yet, to be used.
+    replay that is not built yet, to be used. ``known``: what other ranks' replays have recorded, and this one adds.
     """
+    known = known or Known()
     for repeat in (True, False):
         replay = fresh or Replay(cfg, rank)
         replay.rule.rank, fresh = rank, None
-        replay.trace.shorthand = True
+        replay.trace.shorthand, replay.trace.segments = True, known.segments
         replay.build()
         if repeat:
-            repeat_layers(replay)
+            repeat_layers(replay, known)
         last = replay.rule.steady_step if for_allocator else replay.rule.repeats_from
         try:
             for _ in range(min(cfg.train.steps, last + 1 + further)):
@@ -68,10 +84,10 @@ def replay_steps(
     raise AssertionError("a replay without recordings needs none")
 
 
-def repeat_layers(replay: Replay) -> None:
+def repeat_layers(replay: Replay, known: Known | None = None) -> None:
     """After ``replay.build()``: blocks of one kind are run once. Families with a loop of their own are left alone."""
     if type(replay.decoder) is Decoder:
-        replay.decoder.call = Layers(replay).call
+        replay.decoder.call = Layers(replay, known or Known()).call
 
 
 def dismantle(replay: Replay) -> None:
@@ -102,7 +118,7 @@ class _Layer:
 class Layers:
     """The decoder's blocks, by kind."""
 
-    def __init__(self, replay: Replay) -> None:
+    def __init__(self, replay: Replay, known: Known) -> None:
         self.decoder, self.ops, self.tape, self.trace = replay.decoder, replay.ops, replay.tape, replay.trace
         self.rule = replay.rule
         self.members: list[dict[str, Parameter]] = [{} for _ in range(replay.cfg.model.num_layers)]
@@ -110,14 +126,14 @@ class Layers:
             if name.startswith("blocks."):
                 index, suffix = name[7:].split(".", 1)
                 self.members[int(index)][suffix] = parameter
-        kinds: dict[Hashable, int] = {}  # blocks with like parameters
+        kinds, self.recordings = known.kinds, known.recordings
         self.kinds = [
             kinds.setdefault(
                 tuple((s, p.shape, p.trainable, p.quantized and p.quantized.kind) for s, p in m.items()), len(kinds)
             )
             for m in self.members
         ]
-        self.recordings: dict[Hashable, Recording | None] = {}
+        self.told = type(self.rule).grad_ready is not Rule.grad_ready
         # Workspaces are taken for good: in forward by the first block; in backward by the head, but for those that a
         # recomputation takes first, which is the last checkpointed block's.
         self.first_pass = True
@@ -207,9 +223,12 @@ class Layers:
         """With the parameters' gradients one by one, or, where the strategy has nothing to do at them, at the end."""
         recording, members = layer.recording, self.members[layer.index]
         arrival = self.rule.quiet_gradients(layer.index)
-        if arrival is KEPT:
+        if arrival is not None:
             missing = [members[name].accumulator.grad is None for name, _ in recording.gradients]
-            arrival = FIRST if all(missing) else LATER if not any(missing) else None
+            if not all(missing):
+                arrival = LATER if arrival is KEPT and not any(missing) else None
+            elif arrival is KEPT:
+                arrival = FIRST
         if arrival is None:
             self._place(recording.backward)
             self._run_with_hooks(layer, recording.backward, None, BACKWARD)
@@ -222,7 +241,7 @@ class Layers:
             accumulator = members[name].accumulator
             if arrival is FIRST:
                 accumulator.grad = self._adopt(value, layer)
-            if accumulator.on_grad is not None:
+            if self.told and accumulator.on_grad is not None:
                 accumulator.on_grad()
 
     def _run_with_hooks(self, layer: _Layer, steps: Sequence[Instruction], x: Tensor | None, key: str) -> None:

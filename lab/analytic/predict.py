@@ -11,7 +11,7 @@ from lab.analytic.assumptions import assumptions
 from lab.analytic.boundary import Exhaustion, allocator_limit_bytes, exhaustion, replayed
 from lab.analytic.hardware import outside_allocator_bytes
 from lab.analytic.inventory import inventory
-from lab.analytic.layers import dismantle, replay_steps
+from lab.analytic.layers import Known, dismantle, replay_steps
 from lab.analytic.segments import spelled_out
 from lab.analytic.step import Replay
 from lab.analytic.timeline import Timeline
@@ -74,7 +74,8 @@ def _all_ranks(cfg: RunConfig, limit_bytes: int | None, simulated: bool = True) 
     """``limit_bytes``: on what the allocator reserves, and enough to come through; None: none."""
     fresh = Replay(cfg)  # knows the ranks, and is the first one's
     ranks = fresh.rule.ranks()
-    runs = [_replay(cfg, r, limit_bytes, simulated, fresh if r == ranks[0] else None) for r in ranks]
+    known = Known()
+    runs = [_replay(cfg, r, limit_bytes, simulated, fresh if r == ranks[0] else None, known) for r in ranks]
     first, steady, states, managed = zip(*runs, strict=True)
     worst = max(range(len(runs)), key=lambda i: steady[i].allocated_bytes)
     said = assumptions(cfg, max(managed))
@@ -92,13 +93,13 @@ def _refusal(limit_bytes: int, refused: Exhaustion) -> str:
 
 
 def _replay(
-    cfg: RunConfig, rank: int, limit_bytes: int | None, simulated: bool, fresh: Replay | None
+    cfg: RunConfig, rank: int, limit_bytes: int | None, simulated: bool, fresh: Replay | None, known: Known
 ) -> tuple[StepPrediction, StepPrediction, MemoryBreakdown, int]:
     """One rank: its first step, its steady step, its states, and the bytes of those in managed memory.
 
     ``limit_bytes``: on reserved bytes; enough to come through.
     """
-    replay = replay_steps(cfg, rank, simulated, fresh=fresh)
+    replay = replay_steps(cfg, rank, simulated, fresh=fresh, known=known)
     trace, steady = replay.trace, replay.done - 1
     simulation: Simulation | None = None
     timeline = tensors = Timeline(trace.events, trace.segments)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
-from weakref import ref
 
 from lab.analytic.tape import ALLOC, FREE, MOVE, SEGMENT, Event, Storage, Trace, aligned
 
@@ -71,12 +70,11 @@ Pairs = dict[Hashable, tuple[Segment, Segment]]
 class Together:
     """Storages that are taken and given back together (``Storage.resize``): one segment for either.
 
-    They are not kept. ``kinds``: segments by what the storages are like, shared by those who have the same under other
-    modules' names.
+    ``kinds``: segments by what the storages are like, shared by those who have the same under other modules' names.
     """
 
     def __init__(self, storages: Sequence[Storage], module: str, kinds: Pairs) -> None:
-        self.members, self.module = [ref(storage) for storage in storages], module
+        self.storages, self.module = storages, module
         trace = storages[0].trace
         for storage in storages:
             storage.size = aligned(storage.nbytes, trace.alignment)
@@ -87,12 +85,9 @@ class Together:
             kinds[kind] = Segment(taken, module), Segment(freed, module)
         self.taken, self.freed = kinds[kind]
 
-    def are(self, storages: list[Storage]) -> bool:
-        """Are these the ones?"""
-        return [member() for member in self.members] == storages
-
-    def resize(self, storages: Sequence[Storage], live: bool) -> None:
+    def resize(self, live: bool) -> None:
         """All of them, none of which is ``live`` yet; on stream 0."""
+        storages = self.storages
         trace = storages[0].trace
         if not trace.shorthand:
             for storage in storages:

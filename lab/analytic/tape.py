@@ -90,7 +90,7 @@ def aligned(nbytes: int, alignment: int) -> int:
 class Storage:
     """Bytes on the device: allocated when made, freed with the last reference to it."""
 
-    __slots__ = ("__weakref__", "category", "id", "label", "live", "nbytes", "size", "trace")
+    __slots__ = ("category", "id", "label", "live", "nbytes", "size", "trace")
 
     def __init__(self, trace: Trace, nbytes: int, category: MemoryCategory, label: str) -> None:
         self.trace, self.nbytes, self.category, self.label = trace, nbytes, category, label

@@ -229,10 +229,8 @@ def test_storages_resized_together_are_those_resized_one_by_one() -> None:
             for storage in storages:
                 storage.resize(False)
             together = Together(storages, f"blocks.{block}", kinds)
-            assert together.are(storages)
-            assert not together.are(storages[:1])
-            together.resize(storages, True)
-            together.resize(storages, False)
+            together.resize(True)
+            together.resize(False)
         assert len(kinds) == 1
         return spelled_out(trace.events, trace.segments)
 

@@ -193,19 +193,16 @@ class FSDP(Rule):
 
     def _resize(self, unit: Unit, live: bool) -> None:
         """The members' storages, together. A 4-bit layer's bias in the compute dtype is not among them: it stays."""
-        storages = unit.storages
-        if live == unit.gathered or not storages:
+        if live == unit.gathered or not unit.storages:
             return
-        same = unit.whole is not None and unit.whole.are(storages)
-        if self.one_by_one or not (same or live):
-            for storage in storages:
+        if self.one_by_one:
+            for storage in unit.storages:
                 storage.resize(live)
             return
-        if not same:
+        if unit.whole is None:
             module = f"blocks.{unit.index}" if unit.index >= 0 else ""
-            unit.whole = Together(storages, module, self.kinds)
-        assert unit.whole is not None
-        unit.whole.resize(storages, live)
+            unit.whole = Together(unit.storages, module, self.kinds)
+        unit.whole.resize(live)
 
     # -- hooks -------------------------------------------------------------------------------------
 

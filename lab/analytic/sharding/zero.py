@@ -52,6 +52,10 @@ class ZeroRule(DeepSpeedRule):
         self.options = cfg.parallel.zero
         self.group = FlatGroup(self.trained, self.world, self.options.round_robin_gradients)
         self.partition = self.group.partition_numel
+        self.trained_numel = [0] * cfg.model.num_layers  # of the blocks
+        for spec in self.trained:
+            if spec.unit >= 0:
+                self.trained_numel[spec.unit] += spec.numel
         self.global_norm: Tensor | None = None  # _global_grad_norm
 
     def ranks(self) -> list[int]:
@@ -110,7 +114,7 @@ class ZeroRule(DeepSpeedRule):
     # -- backward --------------------------------------------------------------------------------
 
     def quiet_gradients(self, block: int) -> str | None:
-        return None
+        return self.reducer.quiet(self.trained_numel[block], self.last_micro_step)
 
     def grad_ready(self, spec: ParameterSpec, parameter: Parameter) -> None:
         self.reducer.grad_ready(spec, self.last_micro_step)

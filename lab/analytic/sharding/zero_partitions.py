@@ -38,17 +38,29 @@ class FlatGroup:
         alignment = NCCL_START_ALIGNMENT_FACTOR * world
         self.numel = -(-end // alignment) * alignment
         self.partition_numel = self.numel // world
+        self._owners: dict[str, list[tuple[int, int]]] = {}
+        self._members: dict[int, list[ParameterSpec]] = {}
 
     def owners(self, spec: ParameterSpec) -> list[tuple[int, int]]:
         """(partition, elements of ``spec`` in it), ascending: grad_start_offset's slices in average_tensor."""
+        found = self._owners.get(spec.name)
+        if found is None:
+            found = self._owners[spec.name] = self._find_owners(spec)
+        return found
+
+    def _find_owners(self, spec: ParameterSpec) -> list[tuple[int, int]]:
         start, size = self.start[spec.name], self.partition_numel
         end = start + spec.numel
         return [(r, min(end, (r + 1) * size) - max(start, r * size)) for r in range(start // size, -(-end // size))]
 
     def members(self, rank: int) -> list[ParameterSpec]:
         """params_in_partition of one rank, in flat order."""
-        low, high = rank * self.partition_numel, (rank + 1) * self.partition_numel
-        return [s for s in self.order if self.start[s.name] < high and self.start[s.name] + s.numel > low]
+        if rank not in self._members:
+            low, high = rank * self.partition_numel, (rank + 1) * self.partition_numel
+            self._members[rank] = [
+                s for s in self.order if self.start[s.name] < high and self.start[s.name] + s.numel > low
+            ]
+        return self._members[rank]
 
     def slices(self, rank: int) -> list[int]:
         """Elements of each member that fall into the rank's partition; they sum to the partition less its padding."""

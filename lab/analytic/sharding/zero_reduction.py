@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from lab.analytic.architecture import ParameterSpec
 from lab.analytic.ops import Parameter
+from lab.analytic.sharding.base import KEPT, PASSED_ON
 from lab.analytic.sharding.zero_partitions import FlatGroup
 from lab.analytic.tape import Tape, Tensor
 from lab.config import ZeroOptions
@@ -55,6 +56,16 @@ class Reducer:
         self.accumulated: list[Tensor] | None = None  # all_grad_tensors
         self.averaged: list[Tensor] = []
 
+    def quiet(self, numel: int, last_micro_step: bool) -> str | None:
+        """What ``grad_ready`` does to gradients of so many elements together, as in ``Rule.quiet_gradients``."""
+        if not self.ready_for_gradients:
+            return None
+        if not (self.by_micro_step or (self.overlap and last_micro_step)):
+            return KEPT
+        if self.bucket.numel + numel > self.bucket_size:
+            return None
+        return PASSED_ON if self.contiguous else KEPT
+
     def grad_ready(self, spec: ParameterSpec, last_micro_step: bool) -> None:
         """process_gradients, the hook on every parameter."""
         if not (self.by_micro_step or self.overlap or self.contiguous):
@@ -81,7 +92,7 @@ class Reducer:
             accumulator.grad = bucket.buffers[bucket.index].view(spec.numel)
         assert accumulator.grad is not None
         bucket.params.append(spec)
-        bucket.grads.append(accumulator.grad.view())
+        bucket.grads.append(accumulator.grad)
         bucket.numel += spec.numel
 
     def _reduce(self) -> None:
