@@ -24,7 +24,7 @@ def outside_allocator_bytes(cfg: RunConfig) -> int:
     if cfg.world_size == 1:
         if strategy.is_fsdp:
             return total + h.nccl_idle_bytes
-        return total + (0 if strategy is Strategy.SINGLE else h.nccl_one_rank_bytes)
+        return total + (0 if strategy is Strategy.SINGLE or cfg.is_unwrapped_ddp else h.nccl_one_rank_bytes)
     total += h.nccl_bytes
     if strategy.zero_stage:
         total += h.nccl_deepspeed_bytes

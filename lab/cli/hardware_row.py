@@ -75,7 +75,7 @@ def hardware_row(records: Iterable[RunRecord], idle_bytes: int | None = None) ->
 def _kind(cfg: RunConfig) -> str:
     """Which communicators a run has (lab/analytic/hardware.py), whether it loads cuDNN and has int8 products."""
     strategy = cfg.parallel.strategy
-    if strategy is Strategy.SINGLE:
+    if strategy is Strategy.SINGLE or cfg.is_unwrapped_ddp:
         kind = "single"
     elif cfg.world_size == 1:
         kind = "one rank, no collectives" if strategy.is_fsdp else "one rank"

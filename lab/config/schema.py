@@ -286,6 +286,12 @@ class RunConfig:
         return m.vocab_size in widths
 
     @property
+    def is_unwrapped_ddp(self) -> bool:
+        """Accelerate puts no DDP around a model that one process trains on a GPU (accelerator.py, multi_device)."""
+        alone = self.parallel.strategy is Strategy.DDP and self.world_size == 1
+        return alone and self.engine.kind == "accelerate" and self.hardware.device_type == "cuda"
+
+    @property
     def memory_limit_bytes(self) -> int | None:
         """What PyTorch's allocator may reserve on a rank's GPU; None: as much as there is."""
         gib = self.train.memory_limit_gib

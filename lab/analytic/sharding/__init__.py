@@ -27,4 +27,4 @@ RULES: dict[Strategy, type[Rule]] = {
 def rule_of(cfg: RunConfig) -> type[Rule]:
     """The rule of a run's strategy under its engine."""
     rules = {"accelerate": ACCELERATE_RULES, "hf_trainer": TRAINER_RULES}.get(cfg.engine.kind, RULES)
-    return rules[cfg.parallel.strategy]
+    return rules[Strategy.SINGLE if cfg.is_unwrapped_ddp else cfg.parallel.strategy]

@@ -24,7 +24,7 @@ from lab.vocab import MemoryCategory, Precision, Strategy
 
 GATHERED = MemoryCategory.GATHERED_PARAMETERS
 COMM = MemoryCategory.COMM_BUFFERS
-COPY_IN_STREAM, REDUCE_STREAM = 1, 2  # FSDPCommContext's streams: the allocator keeps a pool for each
+COPY_IN_STREAM, REDUCE_STREAM, ALL_REDUCE_STREAM = 1, 2, 3  # FSDPCommContext's: the allocator keeps a pool for each
 
 
 def shard_rows(rows: int, size: int, rank: int) -> int:
@@ -65,6 +65,8 @@ class FSDP(Rule):
         self.previous: Tensor | None = None  # forward: the last all-gather's flat output
         self.reduce_input: Tensor | None = None  # backward: the last reduce-scatter's input
         self.kept: list[Tensor] = []
+        self.replicates = cfg.parallel.strategy is Strategy.HSDP
+        self.all_reduced: list[Tensor] = []  # backward: every unit's AllReduceState holds what was summed over replicas
         self.kinds: Pairs = {}  # of units
         self.one_by_one = self.size == 1 and self.mixed  # no collective: each parameter is cast into its place
 
@@ -264,6 +266,9 @@ class FSDP(Rule):
         if self.size > 1 and not self.tape.trace.on_device_kernels:  # gloo reduces a clone of the input
             self.tape.new(numel, size, "gloo's clone of the reduce-scatter input", COMM)
         if size != stored:
+            if self.replicates:  # the cast runs on the stream of the all-reduce; finalize_backward lets its input go
+                self.all_reduced.append(output)
+                self.tape.trace.stream = ALL_REDUCE_STREAM
             wide = self.tape.new(unit.trained_numel, stored, "FSDP sharded gradient", category)
             output = wide
             del wide
@@ -280,6 +285,7 @@ class FSDP(Rule):
         for unit in self.units.values():
             unit.reduced = False
         self.reduce_input = None
+        self.all_reduced.clear()
         self.order.clear()
 
     # -- the step ------------------------------------------------------------------------------------
