@@ -23,4 +23,4 @@ def make_decoder(cfg: RunConfig, ops: Ops, params: dict[str, Parameter], hooks: 
 
 def buffers(cfg: RunConfig, tape: Tape) -> list[Tensor]:
     """What the model keeps on the device beside its parameters from the build on."""
-    return [] if cfg.model.family == "lab" else make_buffers(cfg, tape)
+    return make_buffers(cfg, tape)

@@ -9,11 +9,11 @@ from lab.analytic.attention import autocast_attention, contiguous
 from lab.analytic.checkpoint import checkpoint
 from lab.analytic.decoder import Decoder
 from lab.analytic.families.eager import eager_attention, make_mask
-from lab.analytic.families.inventory import PREFIX, blocks_prefix, embedding_module
+from lab.analytic.families.inventory import PREFIX, blocks_prefix, buffers, embedding_module
 from lab.analytic.families.pieces import causal_lm_loss
-from lab.analytic.tape import BF16, BOOL, FP32, INT64, Grads, Node, Tape, Tensor
+from lab.analytic.tape import BOOL, INT64, Grads, Node, Tape, Tensor
 from lab.config import RunConfig
-from lab.vocab import AttentionBackend, Checkpointing, MemoryCategory, Precision
+from lab.vocab import AttentionBackend, Checkpointing, MemoryCategory
 
 LEAF = 1 << 62  # sequence number of gradient accumulators, which run as soon as they are ready
 
@@ -119,18 +119,5 @@ class HFDecoder(Decoder):
 
 
 def make_buffers(cfg: RunConfig, tape: Tape) -> list[Tensor]:
-    """Buffers that live with the model (lab.model.hf.materialise_buffers): rotary frequencies twice, Gemma's scale.
-
-    fp32 in every precision (the frequencies say so, and DeepSpeed 0.19 leaves buffers alone); the scale has the type
-    that the parameters were made in.
-    """
-    model, strategy = cfg.model, cfg.parallel.strategy
-    if model.position != "rope":
-        return []
-    category = MemoryCategory.ACTIVATIONS
-    names = [("rotary frequencies", model.head_dim // 2, FP32)] * 2
-    if model.family == "gemma":
-        narrow = cfg.precision.kind is Precision.BF16_PURE
-        narrow = narrow or (bool(strategy.zero_stage) and cfg.precision.kind is not Precision.FP32)
-        names.insert(0, ("embedding scale", 1, BF16 if narrow else FP32))
-    return [tape.new(numel, size, label, category) for label, numel, size in names]
+    """Buffers that live with the model (lab.model.hf.materialise_buffers)."""
+    return [tape.new(numel, size, label, MemoryCategory.ACTIVATIONS) for label, numel, size in buffers(cfg)]

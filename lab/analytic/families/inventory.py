@@ -6,7 +6,9 @@ Source: transformers 5.17 and 5.23, models/{llama,mistral,qwen2,qwen3,gemma,gpt2
 from __future__ import annotations
 
 from lab.analytic.architecture import ParameterSpec
-from lab.config import ModelConfig
+from lab.analytic.tape import BF16, FP32
+from lab.config import ModelConfig, RunConfig
+from lab.vocab import Precision
 
 PREFIX = "hf."  # lab.model.hf.HFCausalLM's attribute
 
@@ -24,6 +26,23 @@ def blocks_prefix(model: ModelConfig) -> str:
 def embedding_module(model: ModelConfig) -> str:
     """Name of the token embedding, with which a tied head shares its weight."""
     return f"{PREFIX}transformer.wte" if model.family == "gpt2" else f"{PREFIX}model.embed_tokens"
+
+
+def buffers(cfg: RunConfig) -> list[tuple[str, int, int]]:
+    """(label, elements, element size) of the model's buffers: rotary frequencies twice, Gemma's embedding scale.
+
+    fp32 in every precision (the frequencies say so, and DeepSpeed 0.19 leaves buffers alone); the scale has the type
+    that the parameters were made in. The lab's own models have none.
+    """
+    model = cfg.model
+    if model.family == "lab" or model.position != "rope":
+        return []
+    found = [("rotary frequencies", model.head_dim // 2, FP32)] * 2
+    if model.family == "gemma":
+        narrow = cfg.precision.kind is Precision.BF16_PURE
+        narrow = narrow or (bool(cfg.parallel.strategy.zero_stage) and cfg.precision.kind is not Precision.FP32)
+        found.insert(0, ("embedding scale", 1, BF16 if narrow else FP32))
+    return found
 
 
 def _llama(m: ModelConfig) -> list[ParameterSpec]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lab.analytic.architecture import ParameterSpec
+from lab.analytic.families.inventory import buffers
 from lab.analytic.ops import Parameter
 from lab.analytic.sharding.base import KEPT, Rule
 from lab.analytic.tape import Tensor
@@ -77,7 +78,10 @@ class DDP(Rule):
         flatten_dense_tensors of one tensor is a view of it, no copy (torch/csrc/utils/tensor_flatten.h).
         """
         flying: list[Tensor | None] = []
-        buckets = self._assign([self._stored(s) for s in self.specs], [BROADCAST_BYTES])
+        states = [self._stored(s) for s in self.specs]
+        if self.cfg.parallel.ddp.broadcast_buffers:
+            states += [(numel, size) for _, numel, size in buffers(self.cfg)]
+        buckets = self._assign(states, [BROADCAST_BYTES])
         for _, numel, size, count in sorted(buckets):
             if len(flying) == 2:
                 flying.pop(0)
