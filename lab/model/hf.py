@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,11 @@ class HFCausalLM(nn.Module):
         self.hf = hf
         self._blocks = _blocks_path(hf, path)
         self.checkpoint = checkpoint
+        self._embedded: weakref.ref[Tensor] | None = None
+        hf.get_input_embeddings().register_forward_hook(self._note_embedded)
+
+    def _note_embedded(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        self._embedded = weakref.ref(output)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -74,8 +80,13 @@ class HFCausalLM(nn.Module):
         return loss
 
     def cached_tensors(self) -> list[Tensor]:
-        """The buffers: rotary frequencies."""
-        return list(self.buffers())
+        """The buffers: rotary frequencies. A frozen embedding's output and its gradient, where checkpointing wants one.
+
+        transformers makes that output a leaf then, which nothing saves and no parameter owns.
+        """
+        embedded = self._embedded() if self._embedded is not None else None
+        leaf = [embedded] if embedded is not None and embedded.is_leaf else []
+        return [*self.buffers(), *leaf, *(t.grad for t in leaf if t.grad is not None)]
 
     def stored_value(self, name: str) -> Callable[[], Tensor] | None:
         """How to read the parameter ``name`` from the checkpoint; None: draw it, as an adapter's."""

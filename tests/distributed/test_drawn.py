@@ -29,13 +29,16 @@ POINTS = [
 def test_drawn_points_are_predicted_to_the_byte(tmp_path: Path) -> None:
     small = ["model=tiny", "measure=ledger", *small_run(tmp_path, steps=4)]
     points = [[*small, *point] for point in POINTS]
-    # positions, the mask and rotary tables are bound to a checkpointed layer: the ledger finds them there
-    hf = [s for s in small_run(tmp_path, steps=4) if not s.startswith(("model.", "data.tokenizer", "train.seq"))]
-    layers = hf_overrides(write_config(tmp_path, "llama"), "checkpointing=full", "attention=eager", "measure=ledger")
-    results = train_all([[*layers, *hf], *points], tmp_path)
+    # positions, the mask and rotary tables are bound to a checkpointed layer, GPT-2's positions too; a frozen
+    # embedding's output is a leaf there, with a gradient
+    rest = [s for s in small_run(tmp_path, steps=4) if not s.startswith(("model.", "data.tokenizer", "train.seq"))]
+    every = ["checkpointing=full", "measure=ledger", *rest]
+    for family, more in (("llama", "attention=eager"), ("gpt2", "adapter=lora"), ("qwen2", "adapter=lora")):
+        points.insert(0, hf_overrides(write_config(tmp_path, family), *every, more))
+    results = train_all(points, tmp_path)
     steady: list[Any] = [
-        {k: v for k, v in dict(r["off"]).items() if k.startswith("steady") or i < len(POINTS)}  # type: ignore[call-overload]
+        {k: v for k, v in dict(r["off"]).items() if k.startswith("steady") or i < len(points) - 1}  # type: ignore[call-overload]
         for i, r in enumerate(results)
     ]
-    found = zip([layers, *POINTS], results, steady, strict=True)
+    found = zip(points, results, steady, strict=True)
     assert [(p, r["status"], off) for p, r, off in found if r["status"] != "ok" or off] == []

@@ -38,13 +38,13 @@ class GPT2(HFDecoder):
         x = self.ops.add(embedded, position, "embedding sum", broadcast=True)
         mask = self._mask(embedded.itemsize)
         x = self._drop(x, f"{name}.drop", "embedding dropout", hf.embedding_dropout)
-        x = self._hf_blocks(x, mask)
+        x = self._hf_blocks(x, positions, mask)
         x = self._layer_norm(x, f"{name}.ln_f")
         del embedded, position, positions, mask  # local variables of GPT2Model.forward
         return self.hooks.leave(name, x)
 
     def layer(self, i: int, *arguments: Any) -> Tensor:
-        mask, x = arguments
+        _, mask, x = arguments
         b = f"{blocks_prefix(self.cfg.model)}.{i}"
         y = self._layer_norm(x, f"{b}.ln_1")
         attended, weights = self._attended(y, mask, f"{b}.attn")
