@@ -47,6 +47,7 @@ def find_place(cfg: RunConfig) -> Place:
         if cfg.world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)
         return Place(rank, local_rank, torch.device("cpu"))
+    uses = gpu_uses()  # before PyTorch looks at the GPU
     if not torch.cuda.is_available():
         raise ConfigError("hardware", cfg.hardware.name, "PyTorch sees no GPU here; hardware=cpu runs without one")
     # The same answer on every rank of the node: rank 0 must be among those that refuse, and say why.
@@ -54,7 +55,6 @@ def find_place(cfg: RunConfig) -> Place:
         raise ConfigError(
             "world_size", cfg.world_size, f"{local_ranks} ranks on a node that has {torch.cuda.device_count()} GPUs"
         )
-    uses = gpu_uses()
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return Place(rank, local_rank, device, uses)

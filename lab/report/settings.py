@@ -57,9 +57,11 @@ def differing_settings(flat: Sequence[Mapping[str, Any]]) -> list[str]:
 
     Where models differ in name, the name stands for their shapes. A setting that some configuration
     lacks (an invalid point has none but its overrides) is compared among the others, and so is one
-    that does not apply to it.
+    that does not apply to it. Runs of a Trainer have a config.json each in their own folders, whose path says nothing.
     """
     keys = list(dict.fromkeys(k for config in flat for k in config))
+    if all(config.get("engine.kind") == "hf_trainer" for config in flat):
+        keys.remove("model.path")
     out = []
     for key in keys:
         if key in STANDING or key == "name" or (key.startswith(_HIDDEN) and key not in _SHOWN_ANYWAY):

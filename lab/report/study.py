@@ -11,7 +11,7 @@ from lab.compare import comparison_row
 from lab.config import run_config_from_json
 from lab.record import PhaseReading, RunRecord
 from lab.report.settings import STANDING, cell, differing_settings, flatten, header, overrides_text
-from lab.report.table import FOOTNOTE, digits_for, gib, number, percent
+from lab.report.table import FOOTNOTE, digits_for, gib, losses, number, percent
 from lab.report.text import markdown_table
 from lab.units import error_percent
 from lab.vocab import MemoryCategory, StepPhase
@@ -25,14 +25,15 @@ TEXTBOOK_NOTE = (
 def study_table(records: Sequence[RunRecord], with_textbook: bool = False, as_overrides: bool = False) -> str:
     """Predicted (before the run), measured, error, reserved, speed; ``with_textbook`` puts the formulas beside them.
 
-    ``as_overrides`` shows each run's own settings in one column, for sets of runs that differ in everything.
+    ``as_overrides`` shows each run's own settings in one column, for sets of runs that differ in everything, and the
+    loss of the first and the last step.
     """
     columns = StudyColumns(records, as_overrides)
     rows = [comparison_row(r) for r in records]
     status = any(r["status"] != "ok" for r in rows)
     headers = [*columns.headers, *(["status"] if status else []), "predicted GiB", "measured GiB", "error %"]
     headers += ["textbook states GiB", "textbook total GiB", "textbook error %"] if with_textbook else []
-    headers += ["reserved GiB", "step s", "tokens/s"]
+    headers += ["reserved GiB", "step s", "tokens/s", *(["loss first → last"] if as_overrides else [])]
     digits = digits_for([r[k] for r in rows for k in ("predicted_allocated_bytes", "measured_allocated_bytes")])
     cells = []
     for record, row, line in zip(records, rows, columns.cells, strict=True):
@@ -42,6 +43,7 @@ def study_table(records: Sequence[RunRecord], with_textbook: bool = False, as_ov
         line += _textbook_cells(record, row, digits) if with_textbook else []
         line += [gib(row["measured_reserved_bytes"], digits), number(row["step_seconds"], ".3f")]
         line += [number(row["tokens_per_second"], ",.0f")]
+        line += [losses(row)] if as_overrides else []
         cells.append(line)
     notes = f"{FOOTNOTE} {TEXTBOOK_NOTE}" if with_textbook else FOOTNOTE
     return "\n\n".join([columns.common, markdown_table(headers, cells), notes])

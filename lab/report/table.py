@@ -38,7 +38,7 @@ def run_table(records: Sequence[RunRecord]) -> str:
         line += [cell(s, config) for s in settings]
         line += [str(row["status"])] if status else []
         line += [gib(row["predicted_allocated_bytes"], digits), gib(row["measured_allocated_bytes"], digits)]
-        line += [percent(row["allocated_error_percent"]), _losses(row), number(row["step_seconds"], ".3f")]
+        line += [percent(row["allocated_error_percent"]), losses(row), number(row["step_seconds"], ".3f")]
         cells.append(line)
     return f"{text_table(headers, cells)}\n\n{FOOTNOTE}"
 
@@ -62,6 +62,6 @@ def percent(value: float | None) -> str:
     return "-" if value is None else format(round(value, 2) or 0.0, "+.2f" if round(value, 2) else ".2f")
 
 
-def _losses(row: Mapping[str, Any]) -> str:
+def losses(row: Mapping[str, Any]) -> str:
     first, last = row["first_loss"], row["last_loss"]
     return "-" if first is None or last is None else f"{first:.3f} → {last:.3f}"

@@ -82,7 +82,7 @@ def test_clipping_takes_a_partial_norm_per_chunk_of_the_largest_gradient() -> No
 
 
 def test_a_broadcast_bucket_of_one_tensor_is_a_view() -> None:
-    """The embedding fills a bucket of 250 MiB by itself; all that follows it is copied, the head with its neighbours."""
+    """The embedding fills a bucket of 250 MiB by itself; what follows is copied, the head with its neighbours."""
     replay = Replay(load(["model=1b", "model.vocab_size=128256", "parallel=ddp", "world_size=2", "hardware=h200"]))
     replay.build()
     copies = [e[2] for e in replay.trace.events if e[0] == ALLOC and e[4] == "DDP broadcast"]

@@ -71,13 +71,25 @@ def errors_of_all() -> list[PointError]:
 
 
 @pytest.mark.parametrize(
-    ("level", "worst"), [("allocated", 0.5), ("reserved", 3.0), ("device_used", 3.0), ("states", 0.25)]
+    ("level", "worst"), [("allocated", 0.2), ("reserved", 5.0), ("device_used", 9.0), ("states", 0.25)]
 )
 def test_every_record_but_ddps(level: str, worst: float) -> None:
+    """Four runs are beyond 3 % of device use, all of small models or ZeRO-3's: the blind3 page names them."""
     found = [abs(e.percent) for e in errors_of_all() if e.level == level and e.strategy != "ddp"]
-    assert len(found) >= 150
+    assert len(found) >= 240
     assert statistics.median(found) <= 0.01
     assert max(found) <= worst
+    assert sum(e > 3 for e in found) <= 4
+
+
+def test_most_are_right_to_the_byte() -> None:
+    """Of 405 runs: allocated within 0.1 % in 402, to the byte in 359; reserved to the byte in 346."""
+    allocated = [e.percent for e in errors_of_all() if e.level == "allocated"]
+    reserved = [e.percent for e in errors_of_all() if e.level == "reserved"]
+    assert sum(abs(e) <= 0.1 for e in allocated) >= 0.99 * len(allocated)
+    assert sum(e == 0 for e in allocated) >= 0.85 * len(allocated)
+    assert sum(e == 0 for e in reserved) >= 0.8 * len(reserved)
+    assert max(map(abs, allocated)) <= 0.25
 
 
 def ddp_records() -> list[tuple[RunConfig, int]]:
@@ -102,19 +114,16 @@ def reserved_bytes(cfg: RunConfig, release: bool) -> int:
 def test_ddps_first_bucket_goes_early_or_late() -> None:
     """Without ``release_first_bucket`` a run is one of two, NCCL's watchdog decides; with it, it is the early one.
 
-    Known exceptions, each one run: a wait of 0.3 s, as it was then, that a busy host made too short, and two whose
-    reserved bytes are 3 and 4 % below either case for a reason not found yet (Accelerate at 1b, QLoRA checkpointed).
+    One of the two is always within 0.5 %.
     """
-    early = late_though_released = unexplained = 0
+    early = late_though_released = 0
     for cfg, measured in ddp_records():
         released, held = (abs(reserved_bytes(cfg, flag) / measured - 1) for flag in (True, False))
-        assert min(released, held) <= 0.04
-        unexplained += min(released, held) > 0.01
+        assert min(released, held) <= 0.005
         early += released < held
         late_though_released += cfg.parallel.ddp.release_first_bucket and held < released
     assert early >= 5
-    assert late_though_released <= 1
-    assert unexplained <= 2
+    assert late_though_released == 0
 
 
 def test_the_readmes_tables_are_what_their_commands_print() -> None:
