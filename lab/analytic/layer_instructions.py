@@ -23,6 +23,7 @@ class Value:
 
     ident: int  # among the block's storages
     nbytes: int
+    size: int  # of the block: nbytes, aligned
     category: MemoryCategory
     label: str
     numel: int
@@ -32,7 +33,16 @@ class Value:
     @classmethod
     def of(cls, tensor: Tensor) -> Value:
         s = tensor.storage
-        return cls(s.id, s.nbytes, s.category, s.label, tensor.numel, tensor.itemsize, tensor.has_base)
+        return cls(
+            s.id,
+            s.nbytes,
+            s.size if s.nbytes else 0,
+            s.category,
+            s.label,
+            tensor.numel,
+            tensor.itemsize,
+            tensor.has_base,
+        )
 
 
 @dataclass(slots=True)

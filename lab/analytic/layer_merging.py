@@ -13,14 +13,14 @@ from dataclasses import replace
 from lab.analytic.layer_instructions import Gradient, Instruction, Play, Recording, Value
 from lab.analytic.segments import Segment
 from lab.analytic.sharding.base import PASSED_ON
-from lab.analytic.tape import FREE, MOVE, Event, aligned
+from lab.analytic.tape import FREE, MOVE, Event
 from lab.vocab import MemoryCategory
 
 GRADIENTS = MemoryCategory.GRADIENTS
 FIRST, LATER = "first", "later"  # of KEPT gradients; or PASSED_ON
 
 
-def merged_backward(recording: Recording, arrival: str, alignment: int) -> list[Instruction]:
+def merged_backward(recording: Recording, arrival: str) -> list[Instruction]:
     """The backward's instructions without ``Gradient``, which becomes what the gradient's arrival does."""
     out: list[Instruction] = []
     pending: list[Event] = []
@@ -34,7 +34,7 @@ def merged_backward(recording: Recording, arrival: str, alignment: int) -> list[
         if isinstance(step, Play):
             pending += step.segment.events
         elif isinstance(step, Gradient):
-            pending += _arrival(step.value, arrival, alignment)
+            pending += _arrival(step.value, arrival)
         else:
             flush()
             out.append(step)
@@ -47,9 +47,9 @@ def gradients_of(backward: Sequence[Instruction]) -> list[tuple[str, Value]]:
     return [(s.parameter, replace(s.value, category=GRADIENTS)) for s in backward if isinstance(s, Gradient)]
 
 
-def _arrival(value: Value, arrival: str, alignment: int) -> list[Event]:
+def _arrival(value: Value, arrival: str) -> list[Event]:
     """FIRST: it counts as a gradient from here on. LATER: added to one that is there. PASSED_ON: counted, given up."""
-    size = aligned(value.nbytes, alignment)
+    size = value.size
     if arrival == LATER:
         return [(FREE, value.ident, size, value.category, value.label, 0)]
     events: list[Event] = []

@@ -100,11 +100,11 @@ def dismantle(replay: Replay) -> None:
 class _Layer:
     """One call of one block: what it keeps from forward to backward."""
 
-    __slots__ = ("first", "gradient", "held", "index", "input", "module", "recording", "source")
+    __slots__ = ("first", "gradient", "held", "index", "input", "module", "names", "recording", "source")
 
-    def __init__(self, recording: Recording, index: int, first: int, x: Tensor) -> None:
+    def __init__(self, recording: Recording, index: int, first: int, x: Tensor, names: dict[str, str]) -> None:
         self.recording, self.index, self.first = recording, index, first
-        self.module = f"blocks.{index}"
+        self.module, self.names = f"blocks.{index}", names
         self.source = Incoming.of(x), x.node is not None
         self.input: Tensor | None = None
         self.gradient: Tensor | None = None
@@ -126,6 +126,9 @@ class Layers:
             if name.startswith("blocks."):
                 index, suffix = name[7:].split(".", 1)
                 self.members[int(index)][suffix] = parameter
+        self.names: list[dict[str, str]] = [
+            {} for _ in self.members
+        ]  # labels of one recording's, as the block has them
         kinds, self.recordings = known.kinds, known.recordings
         self.kinds = [
             kinds.setdefault(
@@ -150,7 +153,7 @@ class Layers:
             self.first_pass = False
         if recording is None:
             return self.decoder.call_block(i, x)
-        trace, layer = self.trace, _Layer(recording, i, self.trace.next_id, x)
+        trace, layer = self.trace, _Layer(recording, i, self.trace.next_id, x, self.names[i])
         trace.next_id += recording.num_storages + SPARE + 2 * self.num_hook_storages
         if recording.keeps_input:
             layer.input = x.view()
@@ -234,7 +237,7 @@ class Layers:
             self._run_with_hooks(layer, recording.backward, None, BACKWARD)
             return
         if arrival not in recording.merged:
-            recording.merged[arrival] = merged_backward(recording, arrival, self.trace.alignment)
+            recording.merged[arrival] = merged_backward(recording, arrival)
             self._place(recording.merged[arrival])
         self._run_with_hooks(layer, recording.merged[arrival], None, arrival)
         for name, value in recording.gradients:
@@ -270,18 +273,18 @@ class Layers:
         play, first, module, rule = self.trace.events.append, layer.first, layer.module, self.rule
         members = self.members[layer.index]
         for step in instructions:
-            if isinstance(step, Play):
-                play((SEGMENT, first, step.segment.place, module, "", 0))
-            elif isinstance(step, Round):
-                play((SEGMENT, first, step.segment.place, module, "", 0))
-                self._run(layer, step.hooks, None)
+            if isinstance(step, Pass):
+                (rule.after_backward if step.entering else rule.before_backward)(module + step.module)
             elif isinstance(step, Hook):
                 if step.entering:
                     rule.before_forward(module + step.module, step.needs_gradient)
                 else:
                     rule.after_forward(module + step.module)
-            elif isinstance(step, Pass):
-                (rule.after_backward if step.entering else rule.before_backward)(module + step.module)
+            elif isinstance(step, Play):
+                play((SEGMENT, first, step.segment.place, module, "", 0))
+            elif isinstance(step, Round):
+                play((SEGMENT, first, step.segment.place, module, "", 0))
+                self._run(layer, step.hooks, None)
             elif isinstance(step, Gradient):
                 run = members[step.parameter].accumulator.backward
                 assert run is not None
@@ -321,9 +324,12 @@ class Layers:
 
     def _adopt(self, value: Value, layer: _Layer) -> Tensor:
         """The tensor whose bytes the recording has allocated."""
-        ident, label = layer.first + value.ident, layer.renamed(value.label)
-        tensor = Tensor(
-            Storage.adopted(self.trace, ident, value.nbytes, value.category, label), value.numel, value.itemsize
+        label = layer.names.get(value.label)
+        if label is None:
+            label = layer.names[value.label] = layer.renamed(value.label)
+        storage = Storage.adopted(
+            self.trace, layer.first + value.ident, value.nbytes, value.size, value.category, label
         )
+        tensor = Tensor(storage, value.numel, value.itemsize)
         tensor.has_base = value.has_base
         return tensor

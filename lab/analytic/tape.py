@@ -102,11 +102,11 @@ class Storage:
             trace.events.append((ALLOC, ident, size, category, label, trace.stream))
 
     @classmethod
-    def adopted(cls, trace: Trace, ident: int, nbytes: int, category: MemoryCategory, label: str) -> Storage:
+    def adopted(cls, trace: Trace, ident: int, nbytes: int, size: int, category: MemoryCategory, label: str) -> Storage:
         """The owner of bytes that an event has allocated already."""
         storage = cls.__new__(cls)
         storage.trace, storage.nbytes, storage.category, storage.label = trace, nbytes, category, label
-        storage.id, storage.size, storage.live = ident, aligned(nbytes, trace.alignment), True
+        storage.id, storage.size, storage.live = ident, size, True
         return storage
 
     def resize(self, live: bool) -> None:

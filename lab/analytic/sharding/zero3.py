@@ -55,7 +55,6 @@ class Zero3(DeepSpeedRule):
         self.of_unit: list[list[Sharded]] = []  # the blocks', then the root's
         self.trained_numel: list[int] = []  # theirs
         self.grads_remaining: dict[str, int] = {}
-        self.frozen: list[Tensor] = []  # shards of parameters that no optimizer knows
 
     def ranks(self) -> list[int]:
         """All ranks hold the same, padding included; reductions without reduce-scatter take most on the last one."""
@@ -65,7 +64,7 @@ class Zero3(DeepSpeedRule):
 
     def build(self) -> None:
         """zero.Init cuts the parameters unit by unit; DeepSpeed then flattens the shards."""
-        shards: list[Tensor] = []
+        shards: list[Event] = []
         for unit in self.units():
             shards += self._partition_unit(unit)
             self.of_unit.append([self.sharded[spec.name] for spec in unit])
@@ -95,7 +94,7 @@ class Zero3(DeepSpeedRule):
             units[spec.unit].append(spec)
         return list(units.values())
 
-    def _partition_unit(self, specs: list[ParameterSpec]) -> list[Tensor]:
+    def _partition_unit(self, specs: list[ParameterSpec]) -> list[Event]:
         """materialise draws every parameter in fp32 and casts it; zero.Init cuts one after the other."""
         trace, size = self.tape.trace, self.parameter_itemsize
         whole: list[Event] = []
@@ -107,12 +106,12 @@ class Zero3(DeepSpeedRule):
                 trace.free(drawn)
                 drawn = cast
             whole.append(drawn)
-        shards: list[Tensor] = []
+        shards: list[Event] = []
         for spec, drawn in zip(specs, whole, strict=True):
             shard_numel = -(-spec.numel // self.world)
-            shard = self.tape.new(shard_numel, size, f"shard of {spec.name}", PARAMETERS)
-            (shards if spec.trainable else self.frozen).append(shard)
-            del shard
+            shard = trace.allocate(shard_numel * size, PARAMETERS, f"shard of {spec.name}")
+            if spec.trainable:  # else no optimizer knows it, and it stays for good
+                shards.append(shard)
             trace.free(drawn)
             parameter = self.add_parameter(spec, Tensor(empty, spec.numel, size))
             persist = spec.numel <= self.options.stage3_param_persistence_threshold

@@ -30,12 +30,20 @@ class Module:
         self.by_index = sorted(params, key=lambda p: p.index)
 
 
+class _Modules(dict[str, Module]):
+    """By name; those that are not known hold nothing."""
+
+    def __missing__(self, name: str) -> Module:
+        module = self[name] = Module(name, [])
+        return module
+
+
 class Coordinator:
     """``members``: the parameters that each module holds directly, by module name."""
 
     def __init__(self, gatherer: Gatherer, options: ZeroOptions, members: dict[str, list[Sharded]]) -> None:
         self.gatherer, self.options = gatherer, options
-        self.modules = {name: Module(name, params) for name, params in members.items()}
+        self.modules = _Modules((name, Module(name, params)) for name, params in members.items())
         self.params = list(dict.fromkeys(p for params in members.values() for p in params))
         self.trace_mode = "invalid"  # then "record", then "complete"
         self.submodules: list[Module] = []
@@ -46,12 +54,6 @@ class Coordinator:
         self.step_id = 0
         self.backward_modules: dict[Module, None] = {}  # active_backward_submodules
         self.release_cache: dict[tuple[Module, int], list[Sharded]] = {}  # lru_cache of params_to_release
-
-    def _module(self, name: str) -> Module:
-        module = self.modules.get(name)
-        if module is None:
-            module = self.modules[name] = Module(name, [])
-        return module
 
     def reset_step(self) -> None:
         """At every forward's start, so once per micro-step."""
@@ -77,7 +79,7 @@ class Coordinator:
 
     def fetch(self, name: str, forward: bool) -> None:
         """fetch_sub_module: gather what the module needs now, wait for it, prefetch what comes next."""
-        module, recording = self._module(name), self.trace_mode == "record"
+        module, recording = self.modules[name], self.trace_mode == "record"
         if recording:
             self.submodules.append(module)
         assert self.submodules[self.step_id] is module, "DeepSpeed would drop its trace and record again"
@@ -141,7 +143,7 @@ class Coordinator:
 
     def release(self, name: str, forward: bool) -> None:
         """release_sub_module: after the module's forward, and after its backward."""
-        module = self._module(name)
+        module = self.modules[name]
         if not forward:
             self.backward_modules.pop(module, None)
         params = module.params

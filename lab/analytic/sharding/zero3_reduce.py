@@ -77,8 +77,9 @@ class Reducer:
         held: list[Tensor] = []
         padded = sum(p.shard_numel for p in self.waiting) * self.world
         if len(self.waiting) > 1 or padded > self.numel:
+            uneven = [p for p in self.waiting if p.numel < p.shard_numel * self.world]
             for rank in range(self.world):
-                for p in self.waiting:
+                for p in uneven:
                     short = p.shard_numel - min(max(p.numel - rank * p.shard_numel, 0), p.shard_numel)
                     if short:
                         held.append(new(short, size, "padding", COMM))

@@ -39,6 +39,12 @@ def sub_groups(params: list[Sharded], size: int) -> list[list[Sharded]]:
     return groups
 
 
+def _drop(trace: Trace, shards: list[Event]) -> None:
+    """list.clear(): the last goes first."""
+    while shards:
+        trace.free(shards.pop())
+
+
 class ShardedStates:
     """DeepSpeedZeroOptimizer_Stage3.__init__, which takes the place of ``shards`` and empties the list, and ``step``.
 
@@ -52,7 +58,7 @@ class ShardedStates:
         rank: int,
         params: list[Sharded],
         sizes: tuple[int, int],
-        shards: list[Tensor],
+        shards: list[Event],
         optimizer: Optimizer,
     ) -> None:
         self.cfg, self.tape, self.size, self.master_size = cfg, tape, *sizes
@@ -61,10 +67,10 @@ class ShardedStates:
         self.tracker = new(1, BOOL, "inf_or_nan_tracker")
         if tape.trace.on_device_kernels:  # torch 2.11: ProcessGroup.hpp, barrier keeps its tensor in a static variable
             self.barrier = new(1, BOOL, "tensor of the barrier")
-            shards.clear()  # defragment goes through the host
+            _drop(tape.trace, shards)  # defragment goes through the host
             tape.trace.empty_cache()
         self.flat = new(shard_elements(params), size, "lp_param_buffer", PARAMETERS)
-        shards.clear()
+        _drop(tape.trace, shards)
         self.groups = sub_groups(params, options.sub_group_size)
         self.optimizer = optimizer
         self.masters: list[Tensor] = []
