@@ -262,7 +262,7 @@ def math(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout: 
     ones = ops.new(square, BOOL, "causal mask")
     lower = ops.new(square, BOOL, "causal mask")
     del ones
-    chosen = [ops.new(1, FP32, "causal mask") for _ in range(2 if gpu else 0)]  # 0 where it holds, -inf elsewhere
+    chosen = [ops.new(1, FP32, "mask values") for _ in range(2 if gpu else 0)]  # 0 where it holds, -inf elsewhere
     mask = ops.new(square, FP32, "additive causal mask")
     del chosen, lower
     held = [q32, k32, v32, scaled_q, mask]
@@ -284,7 +284,7 @@ def math(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout: 
     if gpu:  # _safe_softmax looks for fully masked rows: a bool per score and one per row
         masked_scores = ops.new(a.weights_numel, BOOL, "masked scores, bool")
         row = ops.new(a.weights_numel // a.s, BOOL, "masked rows")
-        ops.scratch(FP32, "masked rows")  # the zero that they get
+        ops.scratch(FP32, "mask values")  # the zero that they get
         del row, masked_scores
     del scores
     if dropout:

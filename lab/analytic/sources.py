@@ -212,6 +212,7 @@ SOURCES: tuple[Source, ...] = (
     _rule("log-sum-exp", ATTENTION, "per query row", "b * n * s | b * n * up(s, 32)", "torch attention.cu", 4),
     _rule("attention random state", ATTENTION, "seed, offset", "1", "torch attention.cu", 8),
     _rule("(?:additive )?causal mask", ATTENTION, "mask", "s * s | b * s * s", "torch transformers/attention.cpp"),
+    _rule("mask values", ATTENTION, "0, -inf", "1 | 4", "torch transformers/attention.cpp"),
     _rule("masked rows", ATTENTION, "_safe_softmax", "b * n * s", "torch transformers/attention.cpp", 1),
     _rule("attention dropout mask|masked scores, bool", ATTENTION, "a bool per score", _SQUARE, _DERIVATIVES, 1),
     _rule(
