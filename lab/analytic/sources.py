@@ -277,7 +277,7 @@ SOURCES: tuple[Source, ...] = (
         "1",
         "torch nn/utils/clip_grad.py; deepspeed runtime/utils.py",
     ),
-    _rule("isinf.*|isnan", ALL, "has_overflow", "S", _STAGE3),
+    _rule("isinf.*|isnan|overflow", ALL, "has_overflow", "S | 1", _STAGE3),
 )
 
 

@@ -48,12 +48,17 @@ class Reducer:
         self.waiting.append(p)
         self.numel += p.numel
 
+    @property
+    def stream(self) -> int:
+        """reduce_and_partition_stream."""
+        return 0 if self.options.overlap_comm is False else REDUCE_STREAM
+
     def reduce(self) -> None:
         """Average what waits; its gradients are gone afterwards."""
         if not self.waiting:
             return
         in_bucket = self.buffer is not None and self.numel <= self.options.reduce_bucket_size
-        self.tape.trace.stream = 0 if self.options.overlap_comm is False else REDUCE_STREAM
+        self.tape.trace.stream = self.stream
         held = self._all_reduce() if in_bucket and not self.options.reduce_scatter else self._reduce_scatter()
         for p in self.waiting:
             p.parameter.accumulator.grad = None

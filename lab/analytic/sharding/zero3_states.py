@@ -107,13 +107,20 @@ class ShardedStates:
         return scalars
 
     def _check_overflow(self) -> None:
-        """has_overflow: isinf (its absolute value, then a bool per element), then isnan over all gradient shards."""
+        """has_overflow: isinf (its absolute value, then a bool per element), then isnan over all gradient shards.
+
+        On the stream of the reductions, whose pool of blocks is its own.
+        """
         numel = self.gradients.numel
+        self.tape.trace.stream = self.reducer.stream
         if self.tape.trace.on_device_kernels:
             absolute = self.tape.new(numel, self.size, "isinf, absolute value")
-            self.tape.new(numel, BOOL, "isinf")
+            flags = self.tape.new(numel, BOOL, "isinf")
             del absolute
+            found = self.tape.new(1, BOOL, "overflow")  # any()
+            del flags, found
         self.tape.new(numel, BOOL, "isnan")
+        self.tape.trace.stream = 0
 
     def _norms(self) -> list[Tensor]:
         """get_grad_norm_direct per sub-group, with or without clipping: a gradient shard in fp64 at a time."""
