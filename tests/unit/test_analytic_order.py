@@ -18,6 +18,7 @@ from lab.analytic.ops import Ops, Parameter
 from lab.analytic.optimizers import clip_gradients
 from lab.analytic.segments import spelled_out
 from lab.analytic.sharding.fsdp import ALL_REDUCE_STREAM
+from lab.analytic.sharding.zero3_reduce import REDUCE_STREAM
 from lab.analytic.step import Replay
 from lab.analytic.tape import ALLOC, FREE, Accumulator, Event, Tape, Tensor, Trace
 from lab.config import load
@@ -111,6 +112,16 @@ def test_the_engine_sums_and_casts_when_recomputed_tensors_are_gone() -> None:
         order = [(e[0], e[4]) for e in tape.trace.events if e[4] in ("saved", "summed")]
         freed, summed = order.index((FREE, "saved")), order.index((ALLOC, "summed"))
         assert (freed < summed) is recomputed
+
+
+def test_zero3s_overflow_check_is_on_the_reductions_stream() -> None:
+    base = ["model=25m", "parallel=zero3", "world_size=2", "precision=fp16_mixed", "hardware=h200", "train.seq_len=128"]
+    for overlap in (True, False):
+        replay = Replay(load([*base, f"parallel.zero.overlap_comm={overlap}"]))
+        replay.build()
+        replay.step()
+        streams = {e[5] for e in replay.trace.events if e[0] == ALLOC and e[4] in ("isinf", "isnan", "overflow")}
+        assert streams == {REDUCE_STREAM if overlap else 0}
 
 
 def test_hsdp_holds_what_was_summed_over_replicas_until_backward_ends() -> None:
