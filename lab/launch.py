@@ -60,6 +60,21 @@ def find_place(cfg: RunConfig) -> Place:
     return Place(rank, local_rank, device, uses)
 
 
+def check_allocator(cfg: RunConfig, device: torch.device) -> None:
+    """Is train.expandable_segments what PyTorch's allocator really does? Raises RuntimeError: the run must not go on.
+
+    To be asked when something is allocated.
+    """
+    if device.type != "cuda":
+        return
+    found = any(segment.get("is_expandable") for segment in torch.cuda.memory_snapshot())
+    if found is not cfg.train.expandable_segments:
+        raise RuntimeError(
+            f"train.expandable_segments={str(cfg.train.expandable_segments).lower()}, but PyTorch's allocator "
+            f"{'has' if found else 'made no'} expandable segments: see PYTORCH_ALLOC_CONF, PYTORCH_CUDA_ALLOC_CONF"
+        )
+
+
 def limit_memory(cfg: RunConfig, device: torch.device) -> None:
     """train.memory_limit_gib, before anything is allocated. Raises ConfigError for more than the GPU has.
 

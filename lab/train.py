@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(cfg: RunConfig, command: list[str]) -> int:
     """Train as ``cfg`` says and leave a record. ConfigError: refused by this machine, and nothing was written."""
+    if cfg.train.expandable_segments:  # read once, when PyTorch's allocator is first asked
+        given = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
+        os.environ["PYTORCH_ALLOC_CONF"] = ",".join([*([given] if given else []), "expandable_segments:True"])
     import torch
 
     from lab.data import make_batches
@@ -122,6 +125,7 @@ def train_and_measure(state: RunState, place: Place) -> tuple[list[RankMeasureme
     """Build, train, gather: every rank's measurement (on rank 0) and the wall's mean seconds per steady step."""
     from lab.build import build
     from lab.data import make_batches
+    from lab.launch import check_allocator
     from lab.loop import Losses, live_tensors, train
     from lab.measure import gather, make_meter
     from lab.parallel.saving import save_trained_adapter
@@ -139,6 +143,7 @@ def train_and_measure(state: RunState, place: Place) -> tuple[list[RankMeasureme
     batches = make_batches(cfg, device, place.rank)
     losses = state.losses = Losses(cfg.train.steps, device)
     engine = build(cfg, device)
+    check_allocator(cfg, device)
     meter.set_live_tensors(lambda: live_tensors(engine, batches, losses), engine.unseen_allocations)
     meter.build_done()
 

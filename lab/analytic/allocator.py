@@ -1,7 +1,7 @@
 """PyTorch's CUDA caching allocator over a list of events (c10/cuda/CUDACachingAllocator.cpp).
 
-Default settings: no max_split_size, no size divisions, no garbage collection threshold,
-``expandable_segments`` off. Sizes are in bytes. What it decides here:
+Default settings: no max_split_size, no size divisions, no garbage collection threshold, ``expandable_segments``
+off (on: lab/analytic/expandable.py). Sizes are in bytes. What it decides here:
 
 - a request is rounded up to 512 B; up to 1 MiB it comes from the small pool, else from the large one;
 - the smallest free block of its stream that fits is taken, the lowest address among equals;
@@ -38,7 +38,7 @@ class OutOfMemory(Exception):
         self.event, self.request_bytes = event, request_bytes
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Block:
     """A piece of a segment. ``previous`` and ``next`` are its neighbours there."""
 
@@ -49,13 +49,14 @@ class Block:
     free: bool = True
     previous: Block | None = None
     next: Block | None = None
+    mapped: bool = True  # False: address space without memory, of an expandable segment
 
 
 _ADDRESS = 48  # bits of an address: a free block's key is its size, then its address
 
 
 @dataclass(slots=True)
-class _Pool:
+class Pool:
     """Free blocks of one stream and kind, smallest first, the lowest address among equals."""
 
     keys: list[int] = field(default_factory=list)
@@ -66,6 +67,14 @@ class _Pool:
         i = bisect_left(self.keys, key)
         self.keys.insert(i, key)
         self.blocks.insert(i, block)
+
+    def first_of(self, size: int) -> int:
+        """Index of the first block of at least ``size`` bytes."""
+        return bisect_left(self.keys, size << _ADDRESS)
+
+    def take(self, index: int) -> Block:
+        del self.keys[index]
+        return self.blocks.pop(index)
 
     def remove(self, block: Block) -> None:
         i = bisect_left(self.keys, block.size << _ADDRESS | block.address)
@@ -80,7 +89,7 @@ class Allocator:
     allocated_bytes: int = 0
     reserved_bytes: int = 0
     num_retries: int = 0
-    _pools: dict[tuple[int, bool], _Pool] = field(default_factory=dict)  # by stream and "small"
+    _pools: dict[tuple[int, bool], Pool] = field(default_factory=dict)  # by stream and "small"
     _driver: DriverAddresses = field(default_factory=DriverAddresses)
 
     def malloc(self, request: int, stream: int = 0, event: int = -1) -> Block:
@@ -97,20 +106,28 @@ class Allocator:
             block = self._segment(size, stream, small, event)
         rest = block.size - size
         if rest >= MIN_BLOCK if small else rest > SMALL:
-            after = block.next
-            tail = Block(block.address + size, rest, stream, small, True, block, after)
-            if after is not None:
-                after.previous = tail
-            block.next = tail
-            block.size = size
-            pool.insert(tail)
+            self._split(block, size)
         block.free = False
         self.allocated_bytes += block.size
         return block
 
+    def _split(self, block: Block, size: int) -> None:
+        """Cut a block to ``size``; the rest is free."""
+        after = block.next
+        tail = Block(block.address + size, block.size - size, block.stream, block.small, True, block, after)
+        if after is not None:
+            after.previous = tail
+        block.next = tail
+        block.size = size
+        self._pool(block.stream, block.small).insert(tail)
+
     def release(self, block: Block) -> None:
         """Give a block back; it joins free neighbours."""
         self.allocated_bytes -= block.size
+        self.join(block)
+
+    def join(self, block: Block) -> None:
+        """Make a block free, one with its free neighbours."""
         block.free = True
         pool = self._pool(block.stream, block.small)
         before, after = block.previous, block.next
@@ -128,21 +145,26 @@ class Allocator:
             block.size += after.size
         pool.insert(block)
 
-    def _pool(self, stream: int, small: bool) -> _Pool:
+    def _pool(self, stream: int, small: bool) -> Pool:
         pool = self._pools.get((stream, small))
         if pool is None:
-            pool = self._pools[stream, small] = _Pool()
+            pool = self._pools[stream, small] = Pool()
         return pool
 
     def _segment(self, size: int, stream: int, small: bool, event: int) -> Block:
+        total = self.check_limit(size, small, event)
+        self.reserved_bytes += total
+        return Block(self._driver.take(total), total, stream, small)
+
+    def check_limit(self, size: int, small: bool, event: int) -> int:
+        """Bytes to ask the driver for; raises OutOfMemory if that is too much even with an empty cache."""
         total = SMALL_SEGMENT if small else LARGE_SEGMENT if size < MIN_LARGE else -(-size // ROUND_LARGE) * ROUND_LARGE
         if self.limit_bytes is not None and self.reserved_bytes + total > self.limit_bytes:
             self.num_retries += 1
             self.empty_cache()
             if self.reserved_bytes + total > self.limit_bytes:
                 raise OutOfMemory(event, size)
-        self.reserved_bytes += total
-        return Block(self._driver.take(total), total, stream, small)
+        return total
 
     def empty_cache(self) -> None:
         """Return every segment that is one free block to the driver (release_cached_blocks)."""
@@ -163,9 +185,11 @@ class Simulation:
     allocator: Allocator
 
 
-def simulate(events: Sequence[Event], num_storages: int, limit_bytes: int | None = None) -> Simulation:
+def simulate(
+    events: Sequence[Event], num_storages: int, limit_bytes: int | None = None, made_by: type[Allocator] = Allocator
+) -> Simulation:
     """Serve the events in order. Raises OutOfMemory beyond ``limit_bytes``."""
-    allocator = Allocator(limit_bytes)
+    allocator = made_by(limit_bytes)
     malloc, release = allocator.malloc, allocator.release
     live: dict[int, Block] = {}
     block_bytes, allocated, reserved = [0] * num_storages, [], []

@@ -13,7 +13,12 @@ def assumptions(cfg: RunConfig, managed_bytes: int = 0) -> list[str]:
     """
     out = ["worst rank; steady state is the step from which steps repeat"]
     if cfg.hardware.device_type == "cuda":
-        out.append("caching allocator with default settings; segment addresses as one driver (580.159) gives them")
+        if cfg.train.expandable_segments:
+            out.append(
+                "caching allocator with expandable segments, as PyTorch's source has them; no GPU run did confirm"
+            )
+        else:
+            out.append("caching allocator with default settings; segment addresses as one driver (580.159) gives them")
         out.append("cuBLAS workspaces of the forward and backward threads only; one CUDA stream per thread")
         if not cfg.hardware.cuda_context_bytes:
             out.append(

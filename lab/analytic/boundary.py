@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from lab.analytic.allocator import LARGE_SEGMENT, ROUND_LARGE, OutOfMemory, simulate
+from lab.analytic.allocator import LARGE_SEGMENT, ROUND_LARGE, Allocator, OutOfMemory, simulate
+from lab.analytic.expandable import allocator_of
 from lab.analytic.hardware import outside_allocator_bytes
 from lab.analytic.layers import replay_steps
 from lab.analytic.segments import spelled_out
@@ -33,6 +34,7 @@ class Replayed:
     rank: int
     events: Sequence[Event]
     num_storages: int
+    allocator: type[Allocator] = Allocator
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def replayed(cfg: RunConfig) -> list[Replayed]:
     out = []
     for rank in Replay(cfg).rule.ranks():
         trace = replay_steps(cfg, rank, further=2).trace
-        out.append(Replayed(rank, spelled_out(trace.events, trace.segments), trace.next_id))
+        out.append(Replayed(rank, spelled_out(trace.events, trace.segments), trace.next_id, allocator_of(cfg)))
     return out
 
 
@@ -88,7 +90,7 @@ def exhaustion(runs: Sequence[Replayed], limit_bytes: int) -> Exhaustion | None:
     """The first rank's request that is refused under the limit; None if all ranks come through."""
     for run in runs:
         try:
-            simulate(run.events, run.num_storages, limit_bytes)
+            simulate(run.events, run.num_storages, limit_bytes, run.allocator)
         except OutOfMemory as error:
             step, phase = _moment(run.events, error.event)
             return Exhaustion(run.rank, step, phase, error.request_bytes)

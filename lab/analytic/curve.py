@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lab.analytic.allocator import OutOfMemory, Simulation, simulate
 from lab.analytic.boundary import allocator_limit_bytes
+from lab.analytic.expandable import allocator_of
 from lab.analytic.layers import replay_steps
 from lab.analytic.segments import spelled_out
 from lab.analytic.step import Replay
@@ -65,7 +66,7 @@ def _simulation(cfg: RunConfig, events: Sequence[Event], num_storages: int) -> S
     """Under the run's limit, if it comes through; else without one, as the prediction's figures are."""
     if cfg.memory_limit_bytes or cfg.hardware.capacity_bytes:
         try:
-            return simulate(events, num_storages, allocator_limit_bytes(cfg))
+            return simulate(events, num_storages, allocator_limit_bytes(cfg), allocator_of(cfg))
         except OutOfMemory:
             pass
-    return simulate(events, num_storages)
+    return simulate(events, num_storages, made_by=allocator_of(cfg))

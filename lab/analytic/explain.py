@@ -16,6 +16,7 @@ from typing import Any
 
 from lab.analytic.allocator import simulate
 from lab.analytic.architecture import ParameterSpec
+from lab.analytic.expandable import allocator_of
 from lab.analytic.families.names import in_lab_words
 from lab.analytic.inventory import inventory
 from lab.analytic.optimizers_8bit import PAGED_FROM
@@ -157,7 +158,7 @@ def _moment(cfg: RunConfig, rank: int, at: str) -> _Moment:
     for _ in range(steady + 1):
         replay.step()
     events = replay.trace.events
-    sizes = simulate(events, replay.trace.next_id).block_bytes if replay.gpu else None
+    sizes = simulate(events, replay.trace.next_id, made_by=allocator_of(cfg)).block_bytes if replay.gpu else None
     curve = totals(events, sizes)
     spans = spans_of(events, steady)
     if at == PEAK:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from lab.analytic.allocator import Simulation, simulate
 from lab.analytic.assumptions import assumptions
 from lab.analytic.boundary import Exhaustion, allocator_limit_bytes, exhaustion, replayed
+from lab.analytic.expandable import allocator_of
 from lab.analytic.hardware import outside_allocator_bytes
 from lab.analytic.inventory import inventory
 from lab.analytic.layers import Known, dismantle, replay_steps
@@ -105,7 +106,7 @@ def _replay(
     timeline = tensors = Timeline(trace.events, trace.segments)
     if replay.gpu and simulated:
         events = spelled_out(trace.events, trace.segments)
-        simulation = simulate(events, trace.next_id, limit_bytes)
+        simulation = simulate(events, trace.next_id, limit_bytes, allocator_of(cfg))
         timeline = Timeline(events, sizes=simulation.block_bytes, curve=simulation.allocated)
     # What persists is read before zero_grad drops the gradients, and counts tensors without their blocks' rests.
     before = [start for phase, start, _ in tensors.spans[steady] if phase is StepPhase.ZERO_GRAD]

@@ -47,6 +47,8 @@ def _train(cfg: RunConfig) -> None:
         raise ConfigError("train.seq_len", t.seq_len, f"at most model.max_seq_len={cfg.model.max_seq_len}")
     if t.max_grad_norm is not None and not t.max_grad_norm > 0:
         raise ConfigError("train.max_grad_norm", t.max_grad_norm, "positive, or null for no clipping")
+    if t.expandable_segments and cfg.hardware.device_type == "cpu":
+        raise ConfigError("train.expandable_segments", True, "needs a GPU: it is a setting of PyTorch's CUDA allocator")
     if t.memory_limit_gib is not None:
         _memory_limit(cfg, t.memory_limit_gib)
     if t.warmup_steps > t.steps:

@@ -243,6 +243,7 @@ class TrainConfig:
     max_grad_norm: float | None = None  # null: no clipping
     compile: bool = False  # torch.compile; memory then not modelled
     memory_limit_gib: float | None = None  # GiB that PyTorch's allocator may reserve, each rank; null: no limit
+    expandable_segments: bool = False  # PyTorch's allocator grows segments instead of adding some
 
 
 @dataclass(frozen=True)
