@@ -1,4 +1,4 @@
-"""expandable_segments:True by hand: mapped pieces, growth in place, which free block is taken, what a full GPU unmaps."""
+"""expandable_segments:True by hand: mapped pieces, growth in place, the free block taken, what a full GPU unmaps."""
 
 from __future__ import annotations
 
@@ -110,5 +110,5 @@ def test_a_prediction_with_it_reserves_less() -> None:
 
 
 def test_it_needs_a_gpu() -> None:
-    with pytest.raises(ConfigError, match="train.expandable_segments=True: needs a GPU"):
+    with pytest.raises(ConfigError, match="needs a GPU: it is a setting of PyTorch's CUDA allocator"):
         load(["model=tiny", "hardware=cpu", "train.expandable_segments=true"])
