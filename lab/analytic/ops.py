@@ -70,6 +70,7 @@ class Ops:
     cast_cache: dict[str, Tensor] = field(default_factory=dict)
     linear_keeps_parameter: bool = False  # DeepSpeed's LinearFunctionForZeroStage3
     num_streaming_multiprocessors: int = 0  # a row of the hardware table
+    half_is_fp16: bool = False  # what has 2 bytes per element is fp16, not bf16
     workspace_bytes: int = 0
     lt_workspace_bytes: int = 0
     workspaces: dict[str, Tensor] = field(default_factory=dict)

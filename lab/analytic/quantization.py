@@ -209,14 +209,14 @@ def linear_int8(ops: Ops, x: Tensor, w: Parameter, b: Parameter | None, rows: in
 
 def _int8_on_gpu(ops: Ops, x: Tensor, w: Parameter, rows: int, label: str) -> Tensor:
     """int8_vectorwise_quant of fp16(x), int8_linear_matmul to int32, int8_mm_dequant to fp16, then x's type."""
-    out_features = w.shape[0]
-    half = ops.new(x.numel, BF16, label + " input, fp16")
+    out_features, is_fp16 = w.shape[0], ops.half_is_fp16 and x.itemsize == BF16
+    half = ops.new(0 if is_fp16 else x.numel, BF16, label + " input, fp16")
     scales = ops.new(rows, FP32, label + " input row maxima")
     codes = ops.new(x.numel, 1, label + " input, int8")
     del half
     product = ops.new(rows * out_features, FP32, label + ", int32")
     out16 = ops.new(rows * out_features, BF16, label + ", fp16")
-    y = ops.new(rows * out_features, x.itemsize, label)
+    y = out16 if is_fp16 else ops.new(rows * out_features, x.itemsize, label)
     del product, out16, codes, scales
     return y
 

@@ -25,6 +25,7 @@ class Replay:
         self.ops = Ops(
             self.tape,
             linear_keeps_parameter=self.rule.linear_keeps_parameter,
+            half_is_fp16=cfg.precision.kind is Precision.FP16_MIXED,
             workspace_bytes=cfg.hardware.cublas_workspace_bytes,
             num_streaming_multiprocessors=cfg.hardware.num_streaming_multiprocessors,
             lt_workspace_bytes=cfg.hardware.cublaslt_workspace_bytes,

@@ -12,6 +12,7 @@ from lab.analytic.architecture import ParameterSpec
 from lab.analytic.gemm_4bit import runs_as_one_kernel
 from lab.analytic.ops import Ops, Parameter
 from lab.analytic.quantization import packed_shape, quantize, state_bytes
+from lab.analytic.step import Replay
 from lab.analytic.tape import FP32, Accumulator, Tape, Trace
 from lab.config import QuantizationConfig, load
 from lab.transforms.quantization import (
@@ -124,3 +125,16 @@ def test_a_gpu_without_bf16_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     check_compute_dtype(cfg, torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"quantization\.compute_dtype=bf16: .*7\.5"):
         check_compute_dtype(cfg, torch.device("cuda", 0))
+
+
+def test_an_int8_product_of_fp16_inputs_casts_nothing() -> None:
+    """A.to(torch.float16) and the output's cast are the tensors themselves there; bf16 inputs take both copies."""
+    base = ["model=hf", "quantization=int8", "adapter=lora", "adapter.prepare_kbit=false", "hardware=h200"]
+    base += ["model.path=configs/hf/llama_1b.json", "model.random_weights=true", "model.num_layers=2"]
+    for precision, casts in (("fp16_mixed", False), ("bf16_pure", True)):
+        replay = Replay(load([*base, f"precision={precision}", "train.seq_len=64"]))
+        replay.build()
+        replay.step()
+        labels = {event[4] for event in replay.trace.events}
+        assert any(label.endswith(", int32") for label in labels)
+        assert any(label.endswith(" input, fp16") for label in labels) is casts
