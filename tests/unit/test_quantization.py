@@ -128,13 +128,13 @@ def test_a_gpu_without_bf16_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_int8_product_of_fp16_inputs_casts_nothing() -> None:
-    """A.to(torch.float16) and the output's cast are the tensors themselves there; bf16 inputs take both copies."""
+    """A.to(torch.float16) is the tensor itself there: attention's output under autocast. A bf16 one is copied."""
     base = ["model=hf", "quantization=int8", "adapter=lora", "adapter.prepare_kbit=false", "hardware=h200"]
     base += ["model.path=configs/hf/llama_1b.json", "model.random_weights=true", "model.num_layers=2"]
-    for precision, casts in (("fp16_mixed", False), ("bf16_pure", True)):
+    for precision, casts in (("fp16_mixed", False), ("bf16_mixed", True)):
         replay = Replay(load([*base, f"precision={precision}", "train.seq_len=64"]))
         replay.build()
         replay.step()
         labels = {event[4] for event in replay.trace.events}
-        assert any(label.endswith(", int32") for label in labels)
-        assert any(label.endswith(" input, fp16") for label in labels) is casts
+        assert {"attention projection, int32", "query input, fp16"} <= labels  # behind an fp32 norm
+        assert ("attention projection input, fp16" in labels) is casts
