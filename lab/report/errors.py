@@ -92,9 +92,9 @@ def _worst_table(errors: Sequence[PointError]) -> str:
 
 
 def as_markdown(points: int, errors: Sequence[PointError], whose: str, by: Sequence[str] = ()) -> str:
-    """One row per level, and per strategy or precision (``by``), with how many runs are within 1 % and within 5 %."""
+    """One row per level, and per strategy or precision (``by``), with how many runs are exact, within 0.1, 1, 5 %."""
     headers = ["level", *(["/".join(by)] if by else [])]
-    headers += ["runs", "median %", "p90 %", "worst %", "≤ 1 %", "≤ 5 %"]
+    headers += ["runs", "median %", "p90 %", "worst %", "= 0", "≤ 0.1 %", "≤ 1 %", "≤ 5 %"]
     rows = []
     for level, group in _by_level(errors).items():
         parts = {"all": group}
@@ -103,10 +103,10 @@ def as_markdown(points: int, errors: Sequence[PointError], whose: str, by: Seque
         for name, part in parts.items():
             row = [level, *([name] if by else []), str(len(part))]
             row += [f"{v:.2f}" for v in _statistics(part).values()]
-            rows.append([*row, *(str(sum(abs(e.percent) <= limit for e in part)) for limit in (1, 5))])
+            rows.append([*row, *(str(sum(abs(e.percent) <= limit for e in part)) for limit in (0, 0.1, 1, 5))])
     note = (
         f"{points} runs; absolute error of {whose} in percent of the measured peak of the steady step, "
-        "maximum across all GPUs; the last two columns count runs."
+        "maximum across all GPUs; the last four columns count runs, = 0 those that are right to the byte."
     )
     return f"{markdown_table(headers, rows)}\n\n{note}"
 
