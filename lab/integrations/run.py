@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from lab.config import RunConfig
 from lab.faults import is_out_of_memory, one_line, oom_moment
@@ -19,6 +21,7 @@ from lab.integrations.settings import Facts, Settings, resolved, trainer_setting
 from lab.measure import gather, make_meter
 from lab.parallel.accelerate_engine import applied_state
 from lab.parallel.engine import quantized_tensors
+from lab.parallel.replicated import ddp_allocations
 from lab.record import Prediction, StepMeasurement, write_json_atomic
 from lab.run_state import RunState
 from lab.track import RunFolder, new_run_id
@@ -88,7 +91,9 @@ class TrainerRun:
     def start(self, optimizer: Any) -> None:
         self.optimizer = getattr(optimizer, "optimizer", optimizer)  # without Accelerate's wrapper
         self.meter.start()
-        self.meter.set_live_tensors(self.live_tensors)
+        # The Trainer keeps the wrapper to itself.
+        wrappers = [o for o in gc.get_objects() if type(o) is DistributedDataParallel and o.module is self.model]
+        self.meter.set_live_tensors(self.live_tensors, lambda: (a for w in wrappers for a in ddp_allocations(w)))
         self.meter.build_done()
         if self.seq_len is not None:
             self._predict()

@@ -83,15 +83,7 @@ class ReplicatedEngine(TorchStep):
 
     def unseen_allocations(self) -> Iterator[tuple[MemoryCategory, int]]:
         if isinstance(self.model, DistributedDataParallel):
-            log = self.model._get_ddp_logging_data()
-            # Made at construction; made again in the second step, in the order of the first one's gradients.
-            for name in ("rebuilt_bucket_sizes", "bucket_sizes"):
-                for size in str(log.get(name, "")).split(","):
-                    if size.strip():
-                        yield MemoryCategory.COMM_BUFFERS, int(size)
-            if self.model.static_graph:  # which parameters are used, on the host and on the device
-                count = sum(p.requires_grad for p in self.decoder.parameters())
-                yield from [(MemoryCategory.COMM_BUFFERS, 4 * count)] * 2
+            yield from ddp_allocations(self.model)
 
     def close(self) -> None:
         self.drop_states()
@@ -102,6 +94,19 @@ def waits_for_first_bucket(cfg: RunConfig, device: torch.device) -> bool:
     """Only NCCL keeps what it reduces."""
     ddp = cfg.parallel.strategy is Strategy.DDP
     return ddp and device.type == "cuda" and cfg.parallel.ddp.release_first_bucket
+
+
+def ddp_allocations(model: DistributedDataParallel) -> Iterator[tuple[MemoryCategory, int]]:
+    """Bytes of the buffers that DDP shows nobody, by what its log says of them."""
+    log = model._get_ddp_logging_data()
+    # Made at construction; made again in the second step, in the order of the first one's gradients.
+    for name in ("rebuilt_bucket_sizes", "bucket_sizes"):
+        for size in str(log.get(name, "")).split(","):
+            if size.strip():
+                yield MemoryCategory.COMM_BUFFERS, int(size)
+    if model.static_graph:  # which parameters are used, on the host and on the device
+        count = sum(p.requires_grad for p in model.parameters())
+        yield from [(MemoryCategory.COMM_BUFFERS, 4 * count)] * 2
 
 
 def _ddp(cfg: RunConfig, model: nn.Module, device: torch.device) -> DistributedDataParallel:

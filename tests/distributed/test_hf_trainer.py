@@ -14,14 +14,15 @@ from lab.analytic.step import Replay
 from lab.analytic.timeline import phases
 from lab.config import run_config_from_json
 from lab.track.bundle import read_records
-from lab.vocab import STEP_PHASES
+from lab.vocab import STEP_PHASES, MemoryCategory, StepPhase
 from tests.distributed.small_run import ENVIRONMENT, ROOT, lab
 
 pytestmark = pytest.mark.distributed
 
 
-def example(folder: Path, *options: str) -> str:
-    command = [sys.executable, str(ROOT / "launch/hf_trainer_example.py"), *options]
+def example(folder: Path, *options: str, ranks: int = 1) -> str:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / "launch/hf_trainer_example.py"), *options]
     done = subprocess.run(
         command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False
     )
@@ -60,3 +61,19 @@ def test_prediction_is_the_measurement(options: list[str], tmp_path: Path) -> No
     assert "single" in shown.stdout
     assert "0.00" in shown.stdout
     assert lab("validate", "outputs", cwd=tmp_path).returncode == 0
+
+
+def test_ddps_buckets_are_in_the_ledger(tmp_path: Path) -> None:
+    """The Trainer keeps DDP's wrapper to itself; the buckets are gradients' bytes all the same."""
+    example(tmp_path, ranks=2)
+    ((_, record),) = read_records([tmp_path / "outputs"])
+    assert record.status == "ok"
+    assert record.prediction is not None
+    for rank in record.ranks:
+        last = rank.steps[-1].phases[StepPhase.BACKWARD]
+        assert last.tensors is not None
+        assert last.unattributed_bytes is not None
+        assert last.tensors[MemoryCategory.COMM_BUFFERS] == last.tensors[MemoryCategory.GRADIENTS] > 0
+        assert abs(last.unattributed_bytes) <= 0.01 * last.end_allocated_bytes
+    peak = next(r for r in record.residuals if r.where == "peak")
+    assert abs(peak.predicted_bytes - peak.measured_bytes) <= 0.01 * peak.measured_bytes
