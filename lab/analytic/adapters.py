@@ -79,10 +79,10 @@ def lora(
     base: Module,
     down: Module,
     up: Module,
+    dropout: Module,
     x: Tensor,
     itemsize: int,
     label: str,
-    dropout: float,
     quantized: str,
 ) -> Tensor:
     """base(x) + up(down(dropout(x))) * scaling, in base's output type. ``itemsize`` is the adapter's weights'.
@@ -97,7 +97,7 @@ def lora(
     converts = not quantized or ops.amp is None or not ops.tape.trace.on_device_kernels
     if converts:
         x = ops.cast(x, itemsize, label + " adapter input, fp32")
-    delta = _low_rank(ops, x, down, up, label, dropout)
+    delta = _low_rank(ops, x, down, up, dropout, label)
     if converts and quantized:
         delta = ops.cast(delta, size_out, label + " adapter output, base's type")
     result = ops.add(result, delta, label + " adapted")
@@ -105,11 +105,11 @@ def lora(
     return ops.cast(result, size_out, label + " adapted, base's type")
 
 
-def _low_rank(ops: Ops, x: Tensor, down: Module, up: Module, label: str, dropout: float) -> Tensor:
+def _low_rank(ops: Ops, x: Tensor, down: Module, up: Module, dropout: Module, label: str) -> Tensor:
     """up(down(dropout(x))) * scaling. Only the last tensor and what backward needs is left; a module's input stays
     until it returns (nn.Module.__call__ holds it).
     """
-    dropped = ops.dropout(x, label + " adapter dropout") if dropout else x
+    dropped = dropout(x)
     small = down(dropped)
     del dropped
     large = up(small)

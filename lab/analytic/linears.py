@@ -55,6 +55,12 @@ class Linears:
             out = self.ops.linear(y, self.p[f"{module}.weight"], None, count, out_label)
             return self.hooks.leave(module, out)
 
+        def dropped(y: Tensor) -> Tensor:  # a module without dropout too: nn.Identity
+            y = self.hooks.enter(f"{name}.lora_dropout", y)
+            if dropout:
+                y = self.ops.dropout(y, f"{label} adapter dropout")
+            return self.hooks.leave(f"{name}.lora_dropout", y)
+
         down, up, dropout = partial(adapter, "A"), partial(adapter, "B"), self.cfg.adapter.dropout
         magnitude, bias = self.p.get(f"{name}{MAGNITUDE}.weight"), self.p.get(f"{name}.bias")
         if magnitude is not None:
@@ -66,7 +72,7 @@ class Linears:
         kind = weight.quantized.kind if weight.quantized else ""
         down = partial(down, count=rows, out_label=f"{label} adapter A")
         up = partial(up, count=rows, out_label=f"{label} adapter B")
-        return lora(self.ops, base, down, up, x, itemsize, label, dropout, kind)
+        return lora(self.ops, base, down, up, dropped, x, itemsize, label, kind)
 
     def _base(self, x: Tensor, name: str, label: str, rows: int, plain: Plain | None) -> Tensor:
         if plain is not None:

@@ -322,9 +322,11 @@ class Ops:
         return y
 
     def keep_parameter(self, node: Node | None, p: Parameter) -> None:
-        """Save a leaf under ZeRO-3, which swaps storages: autograd keeps the parameter, checkpointing a view of it."""
+        """Save a leaf under ZeRO-3, which swaps storages: autograd keeps the parameter, checkpointing a view of it,
+        but of a frozen one itself (torch/utils/checkpoint.py, _recomputation_hook).
+        """
         if self.linear_keeps_parameter and self.tape.pack is not None:
-            self.tape.save(node, p.tensor)
+            self.tape.save(node, p.tensor if p.trainable else self.new(0, p.tensor.itemsize, ""))
 
     # -- norms, activations --------------------------------------------------------------------
 

@@ -35,6 +35,11 @@ STATES = (
             *("parallel.zero.stage3_prefetch_bucket_size=30000", "parallel.zero.stage3_max_reuse_distance=20000"),
             "parallel.zero.stage3_param_persistence_threshold=200",
         ],
+        # a frozen base: what a recomputation gathers belongs to another module, what peft reads too
+        [
+            *("parallel=zero3", "adapter=lora", "checkpointing=full", "loss=chunked", "loss.num_chunks=2"),
+            *("parallel.zero.stage3_param_persistence_threshold=0", "parallel.zero.stage3_prefetch_bucket_size=30000"),
+        ],
         # states per sub-group, one pair of code tables for all
         ["parallel=zero3", "precision=bf16_mixed", "optimizer=adamw_8bit", "parallel.zero.sub_group_size=40000"],
     ],

@@ -24,6 +24,13 @@ SMALL_BUCKETS = [
 POINTS = {
     "ddp": ("gpt2", ["parallel=ddp", "precision=bf16_mixed"]),
     "fsdp": ("qwen3", ["parallel=fsdp", "precision=bf16_mixed", "checkpointing=full"]),
+    "zero3_frozen": (
+        "llama",
+        [
+            *("parallel=zero3", "adapter=lora", "checkpointing=full", "parallel.zero.reduce_bucket_size=20000"),
+            "parallel.zero.stage3_param_persistence_threshold=0",
+        ],
+    ),
     "zero3": ("gemma", ["parallel=zero3", "precision=bf16_mixed", "checkpointing=full", *SMALL_BUCKETS]),
 }
 

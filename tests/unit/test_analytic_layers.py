@@ -60,6 +60,10 @@ CASES = [
     [CPU, "adapter=dora", "parallel=ddp", "world_size=2"],
     [GPU, "adapter=dora", "checkpointing=selective"],
     [GPU, "adapter=lora", "parallel=zero3", "world_size=2", BUCKETS, "checkpointing=full"],
+    [
+        *(GPU, "adapter=lora", "parallel=zero3", "world_size=2", BUCKETS, "checkpointing=full"),
+        "parallel.zero.stage3_param_persistence_threshold=0",
+    ],
     [GPU, "adapter=lora", "parallel=fsdp", "world_size=2"],
     [GPU, "loss=no_upcast", "optimizer=lion_8bit"],
     [GPU, "engine=accelerate", "parallel=fsdp", "world_size=2"],

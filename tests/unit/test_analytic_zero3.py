@@ -112,6 +112,43 @@ def test_weights_stay_for_a_recomputed_block() -> None:
     assert sum(gathered.values()) == BF16 * padded
 
 
+def test_frozen_weights_stay_until_the_module_that_asked_for_them_is_done() -> None:
+    """The recomputation starts in down_proj.lora_B's backward: once that is over, the block's frozen weights go, all
+    at once; checkpointing keeps frozen parameters themselves, not what they were (``Ops.keep_parameter``).
+    """
+    frozen = ["adapter=lora", "checkpointing=full", "parallel.zero.stage3_param_persistence_threshold=0"]
+    cfg = load([*ON_CPU, *frozen])
+    replay = Replay(cfg)
+    replay.build()
+    replay.step()
+    events, last = replay.trace.events, f"gathered blocks.{cfg.model.num_layers - 1}."
+    start = next(i for i, e in enumerate(events) if e[3] == "0/backward/start")
+    asked = f"{last}mlp.down_proj.lora_B.weight"
+    done = next(i for i, e in enumerate(events) if i > start and e[0] == FREE and e[4] == asked)
+    after = [e[4] for e in events[done + 1 :] if e[0] in (ALLOC, FREE)]
+    weights = {
+        f"gathered {s.name}" for s in replay.rule.specs if s.unit == cfg.model.num_layers - 1 and not s.trainable
+    }
+    assert weights
+    assert set(after[: len(weights)]) == weights
+    assert not any(e[0] == FREE and e[4] in weights for e in events[start:done])
+
+
+def test_a_weight_that_peft_reads_is_its_modules_own() -> None:
+    """lora_A.weight's type is asked for after the base layer, when the weight is not there: the adapted module has it
+    from then on, and in the next steps gathers it before its base layer.
+    """
+    cfg = load([*ON_CPU, "adapter=lora", "parallel.zero.stage3_param_persistence_threshold=0"])
+    replay = Replay(cfg)
+    replay.build()
+    rule = replay.rule
+    assert isinstance(rule, Zero3)
+    module = rule.coordinator.modules["blocks.0.mlp.down_proj"]
+    assert module.params == []
+    replay.step()
+    assert [p.name for p in module.params] == ["blocks.0.mlp.down_proj.lora_A.weight"]
+
+
 # -- real runs -------------------------------------------------------------------------------------
 
 L = [

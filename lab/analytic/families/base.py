@@ -42,7 +42,7 @@ class HFDecoder(Decoder):
         embedded.node = Node(self.ops.tape, [], accumulate)
         embedded.node.seq = LEAF
         held.append(embedded.view())
-        return embedded
+        return self.hooks.leaf(embedding_module(self.cfg.model), embedded)
 
     def _positions(self) -> Tensor:
         """torch.arange(s) + 0."""

@@ -43,7 +43,7 @@ class TrainerDecoder(HFDecoder):
             accumulator.grad = accumulator.on_grad = None
 
         accumulator.on_grad = hold
-        return leaf
+        return self.hooks.leaf(name, leaf)
 
     def forward(self) -> Tensor:
         ops, hooks, name = self.ops, self.hooks, PREFIX[:-1]

@@ -152,6 +152,10 @@ class Rule:
     def leave(self, module: str, y: Tensor) -> Tensor:
         return y
 
+    def leaf(self, module: str, y: Tensor) -> Tensor:
+        """transformers has made the module's output a leaf before this strategy's hooks on it ran."""
+        return y
+
     # -- what ``enter`` and ``leave`` do, and their nodes in backward, where there are ``module_hooks`` ----------
 
     def before_forward(self, module: str, differentiable: bool) -> None:

@@ -38,6 +38,7 @@ from lab.analytic.sharding.zero3_states import ShardedStates
 from lab.analytic.tape import FP32, Event, Grads, Node, Tape, Tensor
 from lab.config import RunConfig
 
+BASE = ".base_layer"  # peft's name for the module that an adapted one stands around
 ALL_GATHER_STREAM = 1  # DeepSpeedZeRoOffload.__allgather_stream, with overlap_comm
 
 
@@ -85,7 +86,7 @@ class Zero3(DeepSpeedRule):
     def _module(self, name: str) -> str:
         """The module that owns a parameter: around an adapted Linear's own there is peft's, as ``base_layer``."""
         module = name.rpartition(".")[0]
-        return f"{module}.base_layer" if f"{module}.lora_A.weight" in self.sharded else module
+        return f"{module}{BASE}" if f"{module}.lora_A.weight" in self.sharded else module
 
     def units(self) -> list[list[ParameterSpec]]:
         """What exists whole at the same time: the lab partitions block by block, then the rest (parallel/zero.py)."""
@@ -138,6 +139,10 @@ class Zero3(DeepSpeedRule):
     def leave(self, module: str, y: Tensor) -> Tensor:
         """PreBackwardFunctionForModule on the output."""
         self.after_forward(module)
+        return self.leaf(module, y)
+
+    def leaf(self, module: str, y: Tensor) -> Tensor:
+        """Its hooks come after transformers', so they see an output that needs a gradient."""
 
         def backward(grads: Grads) -> Grads:
             self.before_backward(module)
@@ -151,6 +156,9 @@ class Zero3(DeepSpeedRule):
 
     def after_forward(self, module: str) -> None:
         self.coordinator.release(module, forward=True)
+        if module.endswith(BASE):  # then peft's module asks for lora_A.weight's type
+            adapted = module.removesuffix(BASE)
+            self.coordinator.read_outside(adapted, self.sharded[f"{adapted}.lora_A.weight"])
 
     def before_backward(self, module: str) -> None:
         self.coordinator.fetch(module, forward=False)

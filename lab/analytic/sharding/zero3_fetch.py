@@ -9,6 +9,9 @@ on (the next micro-step, if there are several) it prefetches, and keeps what is 
 - ``stage3_max_live_parameters``: no prefetch beyond this many gathered elements. It releases nothing;
 - ``stage3_max_reuse_distance``: a parameter that is used again within this many elements is not released;
 - ``stage3_param_persistence_threshold``: parameters up to this size are released for the optimizer step only.
+
+The frozen parameters that a checkpointed region's recomputation fetches also belong to the module whose backward
+started last, and are released when that module's backward is done, or with the backward where no hook says so.
 """
 
 from __future__ import annotations
@@ -21,13 +24,24 @@ from lab.config import ZeroOptions
 
 
 class Module:
-    """A module and the parameters that it holds directly (iter_params)."""
+    """A module and the parameters that it holds directly or reads of another module's (iter_params)."""
 
-    __slots__ = ("by_index", "name", "numel", "params")
+    __slots__ = ("by_index", "name", "numel", "params", "recomputed")
 
     def __init__(self, name: str, params: list[Sharded]) -> None:
         self.name, self.params, self.numel = name, params, sum([p.numel for p in params])
         self.by_index = sorted(params, key=lambda p: p.index)
+        self.recomputed: dict[Sharded, None] = {}  # ds_recompute_parameters
+
+    def add(self, p: Sharded) -> None:
+        """register_external_parameter."""
+        self.params, self.numel = [*self.params, p], self.numel + p.numel
+        self.by_index = sorted(self.params, key=lambda p: p.index)
+
+    def take_recomputed(self) -> list[Sharded]:
+        taken = list(self.recomputed)
+        self.recomputed.clear()
+        return taken
 
 
 class _Modules(dict[str, Module]):
@@ -75,6 +89,18 @@ class Coordinator:
             return False
         return all(p.status is NOT_AVAILABLE and not p.active for p in params)
 
+    def read_outside(self, name: str, p: Sharded) -> None:
+        """Module ``name`` reads a parameter of another one, which is not there at first: from now on it is its own too.
+
+        parameter_offload.py, ZeROOrderedDict.__getitem__: gathers it at once and registers it.
+        """
+        module = self.modules[name]
+        if p not in module.params:
+            assert p.status is NOT_AVAILABLE
+            module.add(p)
+            if not self.memory_is_replayed:
+                self.gatherer.all_gather([p])
+
     # -- fetch -----------------------------------------------------------------------------------
 
     def fetch(self, name: str, forward: bool) -> None:
@@ -88,6 +114,8 @@ class Coordinator:
         params = () if self.memory_is_replayed else module.params
         if params:
             self._gather(name, params)
+            if forward and self.backward_modules:  # which is empty outside backward
+                self._recompute(params)
         if not recording and self.place < len(self.param_order):
             if params:
                 self._forget(params)
@@ -106,6 +134,14 @@ class Coordinator:
             p.active.add(module)
             if p in gatherer.inflight:
                 gatherer.wait(p)
+
+    def _recompute(self, params: Sequence[Sharded]) -> None:
+        """update_recompute_parameters."""
+        owner = next(reversed(self.backward_modules))
+        for p in params:
+            if not p.parameter.trainable:
+                owner.recomputed[p] = None
+                p.active.add(owner.name)
 
     def _forget(self, params: Sequence[Sharded]) -> None:
         """Take the module's own parameters off the queue, unless a prefetch has."""
@@ -146,13 +182,13 @@ class Coordinator:
         module = self.modules[name]
         if not forward:
             self.backward_modules.pop(module, None)
-        params = module.params
-        if not params or self.memory_is_replayed:
+        recomputed = [] if forward else module.take_recomputed()
+        if self.memory_is_replayed or not (module.params or recomputed):
             return
-        free = self._params_to_release(module) if self.trace_mode == "complete" else params
-        for p in params:
+        free = self._params_to_release(module) if self.trace_mode == "complete" else module.params
+        for p in (*module.params, *recomputed):
             p.active.discard(name)
-            if p in free:
+            if p in free or (p in recomputed and not p.persist):
                 self._release(p)
 
     def _params_to_release(self, module: Module) -> list[Sharded]:
@@ -194,7 +230,7 @@ class Coordinator:
         """At a backward's end: modules whose input needed no gradient were never told that theirs was done."""
         while self.backward_modules:
             module = self.backward_modules.popitem()[0]
-            for p in module.params:
+            for p in (*module.params, *module.take_recomputed()):
                 p.active.discard(module.name)
                 if not p.persist:
                     self._release(p)
