@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from lab.config import RunConfig
 from lab.faults import is_out_of_memory, one_line, oom_moment
@@ -54,6 +56,8 @@ class TrainerRun:
         self.newest_step: StepMeasurement | None = None
         self.phases = PhaseSwitch(self.meter)
         self._predicted = False
+        self._embedded: weakref.ref[Tensor] | None = None
+        self._embedding_hook: RemovableHandle | None = None
 
     # -- configuration -------------------------------------------------------------------------------
 
@@ -94,12 +98,24 @@ class TrainerRun:
         # The Trainer keeps the wrapper to itself.
         wrappers = [o for o in gc.get_objects() if type(o) is DistributedDataParallel and o.module is self.model]
         self.meter.set_live_tensors(self.live_tensors, lambda: (a for w in wrappers for a in ddp_allocations(w)))
+        self._embedding_hook = self.model.get_input_embeddings().register_forward_hook(self._note_embedded)
         self.meter.build_done()
         if self.seq_len is not None:
             self._predict()
 
+    def _note_embedded(self, _module: Any, _inputs: Any, output: Tensor) -> None:
+        self._embedded = weakref.ref(output)
+
     def live_tensors(self) -> Iterator[tuple[MemoryCategory, Tensor]]:
-        """Parameters, gradients, buffers, optimizer states on the device."""
+        """Parameters, gradients, buffers, optimizer states on the device.
+
+        And a frozen embedding's output, with its gradient: enable_input_require_grads makes it a leaf, saved nowhere.
+        """
+        embedded = self._embedded() if self._embedded is not None else None
+        if embedded is not None and embedded.is_leaf:
+            yield MemoryCategory.ACTIVATIONS, embedded
+            if embedded.grad is not None:
+                yield MemoryCategory.ACTIVATIONS, embedded.grad
         for parameter in self.model.parameters():
             yield MemoryCategory.PARAMETERS, parameter.data
             if parameter.grad is not None:
@@ -196,6 +212,8 @@ class TrainerRun:
         self.state.finish(self.state.record(status, self.state.known_ranks(), text, oom), limited=True)
 
     def close(self) -> None:
+        if self._embedding_hook is not None:
+            self._embedding_hook.remove()
         self.phases.end_step()
         self.meter.stop()
 
