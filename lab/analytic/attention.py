@@ -61,7 +61,9 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, backend: AttentionBackend) -> Tensor:
+def fused(
+    ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, backend: AttentionBackend, dropout: float
+) -> Tensor:
     """Flash, cuDNN, memory-efficient (and the CPU's flash): keeps q, k, v, the output and log-sum-exp per row."""
     size, tape, gpu = q.itemsize, ops.tape, ops.tape.trace.on_device_kernels
     rows = a.b * a.n * a.s
@@ -108,7 +110,7 @@ def fused(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, backend:
     if cudnn:
         ops.scratch(256, "cuDNN workspace")
     else:
-        splits = flash_splits(a, ops.num_streaming_multiprocessors) if seeds else 1
+        splits = flash_splits(a, ops.num_streaming_multiprocessors) if seeds and not dropout else 1
         parts = [tape.new(splits * rows * width, FP32, "attention splits") for width in (1, _wide(a.d)) if splits > 1]
         random_state = [ops.kept_or(1, 8, "attention random state") for _ in range(seeds)]
         while parts:
@@ -130,7 +132,7 @@ def _wide(d: int) -> int:
 def flash_splits(a: AttentionShape, num_sms: int) -> int:
     """Into how many parts flash's forward cuts the keys, where rows alone would leave multiprocessors idle; 1: none.
 
-    Each part has an fp32 output and log-sum-exp of its own, summed at the end.
+    Each part has an fp32 output and log-sum-exp of its own, summed at the end. With dropout it never does.
     Source: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp, set_params_splitkv, num_splits_heuristic.
     """
     row_blocks, slots = a.b * a.n * -(-a.s // 64), 2 * num_sms
@@ -337,7 +339,7 @@ def attention(
         return run(ops, q, k, v, a, dropout)
     if backend is AttentionBackend.MEM_EFFICIENT and a.n != a.k:
         k, v = repeat_kv(ops, k, a, "key"), repeat_kv(ops, v, a, "value")
-    return fused(ops, q, k, v, a, backend)
+    return fused(ops, q, k, v, a, backend, dropout)
 
 
 def autocast_attention(

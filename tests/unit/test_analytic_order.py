@@ -73,6 +73,16 @@ def test_flash_splits_keys_where_rows_leave_multiprocessors_idle() -> None:
     assert flash_splits(replace(wide, s=256), 132) == 1  # one key block
 
 
+@pytest.mark.parametrize(("dropout", "parts"), [(0.0, 2), (0.1, 0)])
+def test_a_flash_forward_takes_its_parts_for_a_moment_but_not_with_dropout(dropout: float, parts: int) -> None:
+    base = ["model=25m", "attention=flash", "train.seq_len=2048", "train.micro_batch_size=1", "hardware=h200"]
+    replay = Replay(load([*base, "model.num_layers=1", f"model.dropout={dropout}"]))
+    replay.build()
+    replay.step()
+    found = [e for e in replay.trace.events if e[0] == ALLOC and e[4] == "attention splits"]
+    assert len(found) == parts  # log-sum-exp and output
+
+
 def test_clipping_takes_a_partial_norm_per_chunk_of_the_largest_gradient() -> None:
     trace = Trace(alignment=512)
     clip_gradients(Tape(trace), [(65536 * 2 + 1, 4), (10, 4), (65536, 2)])
