@@ -47,6 +47,9 @@ def find_place(cfg: RunConfig) -> Place:
         if cfg.world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)
         return Place(rank, local_rank, torch.device("cpu"))
+    given = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    if not cfg.train.expandable_segments and "expandable_segments:true" in given.lower().replace(" ", ""):
+        raise ConfigError("train.expandable_segments", False, f"true, which the environment asks for: {given}")
     uses = gpu_uses()  # before PyTorch looks at the GPU
     if not torch.cuda.is_available():
         raise ConfigError("hardware", cfg.hardware.name, "PyTorch sees no GPU here; hardware=cpu runs without one")

@@ -64,10 +64,11 @@ class ExpandableAllocator(Allocator):
         unmapped = self._unmapped.setdefault((stream, small), [])
         for block in unmapped:
             first = block.previous if block.previous is not None and block.previous.free else block
-            found, at = 0, first
+            found = 0
+            at: Block | None = first
             while found < size and at is not None and (at.free or not at.mapped):
                 found += at.size
-                at = at.next  # type: ignore[assignment]
+                at = at.next
             if found >= size:
                 return first
         space = Block(0, SPACE, stream, small, free=False, mapped=False)

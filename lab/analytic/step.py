@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lab.analytic.families import buffers, make_decoder
+from lab.analytic.families import make_buffers, make_decoder
 from lab.analytic.inventory import inventory
 from lab.analytic.ops import Ops
 from lab.analytic.sharding import rule_of
@@ -37,7 +37,7 @@ class Replay:
     def build(self) -> None:
         """Model, engine, batches and the loss record."""
         self.kept += batches_and_losses(self.cfg, self.tape)
-        self.kept += buffers(self.cfg, self.tape)
+        self.kept += make_buffers(self.cfg, self.tape)
         self.rule.build()
         self.decoder = make_decoder(self.cfg, self.ops, self.rule.parameters, self.rule)
 

@@ -71,19 +71,19 @@ def errors_of_all() -> list[PointError]:
 
 
 @pytest.mark.parametrize(
-    ("level", "worst"), [("allocated", 0.2), ("reserved", 5.0), ("device_used", 9.0), ("states", 0.25)]
+    ("level", "worst"), [("allocated", 0.2), ("reserved", 3.5), ("device_used", 7.5), ("states", 0.25)]
 )
 def test_every_record_but_ddps(level: str, worst: float) -> None:
-    """Four runs are beyond 3 % of device use, all of small models or ZeRO-3's: the blind3 page names them."""
+    """Three runs are beyond 3 % of device use: the pages of blind3 and hf_models name them."""
     found = [abs(e.percent) for e in errors_of_all() if e.level == level and e.strategy != "ddp"]
     assert len(found) >= 240
     assert statistics.median(found) <= 0.01
     assert max(found) <= worst
-    assert sum(e > 3 for e in found) <= 4
+    assert sum(e > 3 for e in found) <= 3
 
 
 def test_most_are_right_to_the_byte() -> None:
-    """Of 405 runs: allocated within 0.1 % in 402, to the byte in 359; reserved to the byte in 346."""
+    """README's table counts them."""
     allocated = [e.percent for e in errors_of_all() if e.level == "allocated"]
     reserved = [e.percent for e in errors_of_all() if e.level == "reserved"]
     assert sum(abs(e) <= 0.1 for e in allocated) >= 0.99 * len(allocated)

@@ -18,7 +18,8 @@ TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE
 @pytest.fixture(autouse=True)
 def without_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*TORCHRUN, "LAB_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what find_place sets is gone after the test
+        monkeypatch.delenv(name)
 
 
 def on_gpu(cfg: RunConfig) -> RunConfig:
@@ -79,3 +80,18 @@ def test_process_ids_of_the_same_node_only(monkeypatch: pytest.MonkeyPatch) -> N
     assert share_pids(store, cfg, Place(3, 1, torch.device("cpu"))) == {2: 1002}
     assert int(store.get("lab/pid/3")) == os.getpid()
     assert share_pids(None, cfg, Place(0, 0, torch.device("cpu"))) == {}
+
+
+@pytest.mark.parametrize("variable", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_environments_allocator_is_the_configurations(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the prediction would be one of another allocator; refused before the GPU is looked at."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "max_split_size_mb:64, expandable_segments:True")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cfg = on_gpu(under_torchrun(monkeypatch))
+    with pytest.raises(ConfigError, match="expandable_segments=false: true, which the environment asks for"):
+        find_place(cfg)
+    expandable = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, expandable_segments=True))
+    with pytest.raises(ConfigError, match="PyTorch sees no GPU"):
+        find_place(expandable)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from lab.analytic.decoder import Decoder
-from lab.analytic.families.base import make_buffers
+from lab.analytic.families.base import make_buffers as make_buffers
 from lab.analytic.families.gpt2 import GPT2
 from lab.analytic.families.llama import Llama
 from lab.analytic.families.trainer import TrainerGPT2, TrainerLlama
 from lab.analytic.ops import Ops, Parameter
 from lab.analytic.sharding.base import Rule
-from lab.analytic.tape import Tape, Tensor
 from lab.config import RunConfig
 
 
@@ -19,8 +18,3 @@ def make_decoder(cfg: RunConfig, ops: Ops, params: dict[str, Parameter], hooks: 
     if cfg.engine.kind == "hf_trainer":
         kind = TrainerGPT2 if kind is GPT2 else TrainerLlama
     return kind(cfg, ops, params, hooks)
-
-
-def buffers(cfg: RunConfig, tape: Tape) -> list[Tensor]:
-    """What the model keeps on the device beside its parameters from the build on."""
-    return make_buffers(cfg, tape)
