@@ -57,6 +57,7 @@ def _measure(output: str | None) -> int:
     if output and not Path(output).parent.is_dir():
         raise ConfigError("--output", output, "its folder does not exist")
     drop_launcher_variables()
+    read_probe()  # a card that no process has used yet shows some MiB less
     probe = read_probe()
     points = runnable(study_points([f"experiment={STUDY}"]), len(visible_gpu_names()))
     sweep = Sweep(points, ahead=True)

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lab.analytic.hardware import asks_cudnn
+from lab.analytic.hardware import asks_cudnn, communicators
 from lab.config import RunConfig, load, run_config_from_json
 from lab.record import RunRecord
-from lab.vocab import RunStatus, Strategy
+from lab.vocab import RunStatus
 
 
 @dataclass(frozen=True)
@@ -66,23 +66,28 @@ def hardware_row(records: Iterable[RunRecord], idle_bytes: int | None = None) ->
             row.setdefault("nccl_bytes", several - alone)
             if (two := medians.get(f"two communicators{suffix}")) is not None:
                 row.setdefault("nccl_further_bytes", two - several)
-        for field, kind in (("nccl_one_rank_bytes", "one rank"), ("nccl_idle_bytes", "one rank, no collectives")):
-            if (used_by := medians.get(f"{kind}{suffix}")) is not None:
-                row.setdefault(field, used_by - alone)
+        for field, kind, beside in (
+            ("nccl_one_rank_bytes", "one rank", "single"),
+            ("nccl_one_rank_further_bytes", "one rank, two communicators", "one rank"),
+            ("nccl_idle_bytes", "one rank, no collectives", "single"),
+        ):
+            with_it, without = (medians.get(f"{k}{suffix}") for k in (kind, beside))
+            if with_it is not None and without is not None:
+                row.setdefault(field, with_it - without)
     return row
 
 
 def _kind(cfg: RunConfig) -> str:
     """Which communicators a run has (lab/analytic/hardware.py), whether it loads cuDNN and has int8 products."""
-    strategy = cfg.parallel.strategy
-    if strategy is Strategy.SINGLE or cfg.is_unwrapped_ddp:
+    count = communicators(cfg)
+    if count == 0:
         kind = "single"
+    elif cfg.world_size == 1 and cfg.parallel.strategy.is_fsdp:
+        kind = "one rank, no collectives"
     elif cfg.world_size == 1:
-        kind = "one rank, no collectives" if strategy.is_fsdp else "one rank"
-    elif strategy is Strategy.HSDP and 1 < cfg.fsdp_shard_size < cfg.world_size:
-        kind = "two communicators"
+        kind = "one rank" if count == 1 else "one rank, two communicators"
     else:
-        kind = "several ranks"
+        kind = "several ranks" if count == 1 else "two communicators"
     return f"{kind}{', cuDNN' if asks_cudnn(cfg) else ''}{', int8' if cfg.quantization.kind == 'int8' else ''}"
 
 
@@ -100,8 +105,9 @@ def row_yaml(name: str, probe: Probe, row: Mapping[str, int], environment: Mappi
         "cuda_context_bytes": ("parallel=single attention=math", "one process's context, cuBLAS, the kernels it loads"),
         "cudnn_bytes": ("parallel=single attention=cudnn", "cuDNN, where attention asks it"),
         "nccl_bytes": ("parallel=ddp,zero2,fsdp world_size=2", "the first communicator"),
-        "nccl_further_bytes": ("parallel=hsdp world_size=4", "HSDP's second communicator"),
+        "nccl_further_bytes": ("parallel=zero3 precision=fp16_mixed world_size=2", "a second communicator"),
         "nccl_one_rank_bytes": ("parallel=zero2 world_size=1", "a communicator of one rank with collectives"),
+        "nccl_one_rank_further_bytes": ("parallel=zero3 precision=fp16_mixed world_size=1", "a second one of one rank"),
         "nccl_idle_bytes": ("parallel=fsdp world_size=1", "a communicator that no collective ran on"),
         "bitsandbytes_int8_bytes": ("quantization=int8", "bitsandbytes' own cuBLAS handle, for int8 products"),
     }

@@ -216,8 +216,9 @@ class HardwareConfig:
     cublaslt_workspace_bytes: int = 0  # per (handle, stream); 0: unified with cuBLAS's
     nccl_bytes: int = 0  # first communicator, outside PyTorch's allocator
     nccl_deepspeed_bytes: int = 0  # DeepSpeed's further communicators
-    nccl_further_bytes: int = 0  # a second communicator: HSDP's shard and replicate groups
+    nccl_further_bytes: int = 0  # a second communicator: HSDP's shard and replicate groups, ZeRO-3 in fp16
     nccl_one_rank_bytes: int = 0  # a communicator of one rank that collectives ran on: DDP, DeepSpeed on one GPU
+    nccl_one_rank_further_bytes: int = 0  # a second one of one rank
     nccl_idle_bytes: int = 0  # a communicator that none ran on: FSDP on one GPU
     bitsandbytes_int8_bytes: int = 0  # the cuBLAS handle that bitsandbytes makes for its first int8 product
     allocation_alignment_bytes: int = 1  # the caching allocator rounds sizes up to this (512 on CUDA)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from lab.analytic.hardware import asks_cudnn, outside_allocator_bytes
+from lab.analytic.hardware import asks_cudnn, communicators, outside_allocator_bytes
 from lab.cli import hardware
 from lab.cli.hardware_row import Probe, hardware_row, row_name, row_yaml
 from lab.cli.main import main
@@ -19,6 +19,7 @@ from lab.record import RunRecord
 from lab.track.bundle import read_records
 from lab.vocab import RunStatus
 
+TRAINED = ("model=hf", "model.path=configs/hf/gpt2.json", "model.random_weights=true")
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 
@@ -26,7 +27,7 @@ def test_the_h200_row_is_what_its_records_say() -> None:
     derived = hardware_row(record for _, record in read_records([EXPERIMENTS / "h200_matrix"]))
     row = load(["hardware=h200"]).hardware
     parts = {"cuda_context_bytes", "cudnn_bytes", "nccl_bytes", "nccl_further_bytes"}
-    assert set(derived) == parts | {"nccl_one_rank_bytes", "nccl_idle_bytes"}
+    assert set(derived) == parts | {"nccl_one_rank_bytes", "nccl_one_rank_further_bytes", "nccl_idle_bytes"}
     assert derived == {name: getattr(row, name) for name in derived}
 
 
@@ -51,6 +52,34 @@ def test_what_lies_outside_the_allocator(overrides: list[str], parts: tuple[str,
     assert outside_allocator_bytes(load(["hardware=h200", "precision=fp32", *overrides])) == expected
     for asking in ("attention=auto", "attention=cudnn"):  # in bf16, PyTorch's own choice asks cuDNN first
         assert outside_allocator_bytes(load(["hardware=h200", asking, *overrides])) == expected + row.cudnn_bytes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count"),
+    [
+        (["parallel=zero3", "world_size=2", "precision=fp16_mixed"], 2),
+        (["parallel=zero3", "world_size=1", "precision=fp16_mixed", "engine=accelerate"], 2),
+        (["parallel=zero3", "world_size=2", "precision=bf16_pure"], 1),
+        (["parallel=zero2", "world_size=2", "precision=fp16_mixed"], 1),
+        (["parallel=fsdp", "world_size=2", "precision=fp16_mixed"], 1),
+        (["parallel=single", "precision=fp16_mixed"], 0),
+        (["parallel=ddp", "world_size=1", "engine=accelerate"], 0),
+        (["parallel=ddp", "world_size=2", "engine=hf_trainer", *TRAINED], 1),
+        (["parallel=zero2", "world_size=2", "engine=hf_trainer", *TRAINED], 2),
+        (["parallel=zero3", "world_size=2", "engine=hf_trainer", *TRAINED], 2),
+        (["parallel=zero2", "world_size=1", "engine=hf_trainer", *TRAINED], 1),
+    ],
+)
+def test_fp16_under_zero3_and_a_trainers_zero_have_a_second_communicator(overrides: list[str], count: int) -> None:
+    cfg = load(["hardware=h200", "attention=cudnn", *overrides])
+    row = cfg.hardware
+    assert communicators(cfg) == count
+    if cfg.world_size == 1:
+        parts = row.nccl_one_rank_bytes, row.nccl_one_rank_further_bytes
+    else:
+        parts = row.nccl_bytes, row.nccl_further_bytes
+    bare = row.idle_bytes + row.cuda_context_bytes + row.cudnn_bytes
+    assert outside_allocator_bytes(cfg) == bare + sum(parts[:count])
 
 
 def test_a_cpu_has_nothing_outside() -> None:
@@ -97,10 +126,11 @@ def test_the_whole_row_is_yaml_that_the_lab_reads() -> None:
     assert all("#" in line for line in numbers)
     assert "driver 580.159.04, torch 2.11.0" in text
     without = row_yaml("x9", PROBE, {k: v for k, v in derived.items() if k != "nccl_further_bytes"}, {})
-    assert "nccl_further_bytes: 0 # HSDP's second communicator; open: needs parallel=hsdp world_size=4" in without
+    points = "parallel=zero3 precision=fp16_mixed world_size=2"
+    assert f"nccl_further_bytes: 0 # a second communicator; open: needs {points}" in without
 
 
-@pytest.mark.parametrize(("gpus", "points"), [(1, 5), (2, 8), (8, 10)])
+@pytest.mark.parametrize(("gpus", "points"), [(1, 6), (2, 10), (8, 12)])
 def test_measure_runs_what_there_are_gpus_for(
     gpus: int, points: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,13 +138,14 @@ def test_measure_runs_what_there_are_gpus_for(
     ran: list[tuple[str, int]] = []
     matrix = [record for _, record in read_records([EXPERIMENTS / "h200_matrix"])]
 
-    def like(strategy: str, world_size: int, attention: str) -> RunRecord:
+    def like(strategy: str, world_size: int, attention: str, fp16: bool) -> RunRecord:
         found = [run_config_from_json(r.config) for r in matrix]
         return next(
             r
             for r, c in zip(matrix, found, strict=True)
             if (c.parallel.strategy.value, c.world_size) == (strategy, world_size)
             and asks_cudnn(c) is (attention != "math")
+            and (c.precision.kind == "fp16_mixed") is fp16
         )
 
     class FakeSweep:
@@ -124,7 +155,7 @@ def test_measure_runs_what_there_are_gpus_for(
                 cfg = point.cfg  # type: ignore[attr-defined]
                 key = (cfg.parallel.strategy.value, cfg.world_size)
                 ran.append(key)
-                record = like(*key, cfg.attention.backend.value)
+                record = like(*key, cfg.attention.backend.value, cfg.precision.kind == "fp16_mixed")
                 self.recorded[point.identity] = ("", record)  # type: ignore[attr-defined]
 
         def run(self) -> int:
@@ -141,7 +172,8 @@ def test_measure_runs_what_there_are_gpus_for(
     assert row.name == "x9"
     assert row.cudnn_bytes == load(["hardware=h200"]).hardware.cudnn_bytes
     assert (row.nccl_bytes > 0) is (gpus >= 2)
-    assert (row.nccl_further_bytes > 0) is (gpus >= 4)
+    assert (row.nccl_further_bytes > 0) is (gpus >= 2)
+    assert row.nccl_one_rank_further_bytes > 0
     assert row.nccl_one_rank_bytes > row.nccl_idle_bytes > 0
     assert f"written: {output}" in capsys.readouterr().out
 
