@@ -70,12 +70,17 @@ def check_allocator(cfg: RunConfig, device: torch.device) -> None:
     """
     if device.type != "cuda":
         return
-    found = any(segment.get("is_expandable") for segment in torch.cuda.memory_snapshot())
+    found = has_expandable_segments(device)
     if found is not cfg.train.expandable_segments:
         raise RuntimeError(
             f"train.expandable_segments={str(cfg.train.expandable_segments).lower()}, but PyTorch's allocator "
             f"{'has' if found else 'made no'} expandable segments: see PYTORCH_ALLOC_CONF, PYTORCH_CUDA_ALLOC_CONF"
         )
+
+
+def has_expandable_segments(device: torch.device) -> bool:
+    """Whether PyTorch's allocator has made such segments, which its settings at the first allocation decide."""
+    return device.type == "cuda" and any(s.get("is_expandable") for s in torch.cuda.memory_snapshot())
 
 
 def limit_memory(cfg: RunConfig, device: torch.device) -> None:

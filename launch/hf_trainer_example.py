@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Trainer, TrainingArguments
@@ -30,8 +31,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lora", type=int, default=0, help="rank of peft adapters on every Linear; 0: none")
     parser.add_argument("--nf4", action="store_true", help="QLoRA: weights in NF4, doubly quantized; with --lora")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=0, help="DeepSpeed's stage; with torchrun")
     parser.add_argument("--name", default="hf_trainer", help="folder of the record under outputs/")
     return parser.parse_args()
+
+
+def deepspeed_config(stage: int, precision: str) -> dict[str, Any]:
+    """What one writes for a Trainer: what "auto" stands for comes from its arguments."""
+    return {
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": precision == "bf16"},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+    }
 
 
 def sequences(count: int, length: int) -> list[dict[str, list[int]]]:
@@ -91,6 +105,7 @@ def main() -> None:
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
         disable_tqdm=True,
+        **({"deepspeed": deepspeed_config(options.zero, options.precision)} if options.zero else {}),
     )
     data = sequences(options.batch * options.accumulation * options.steps * 8, options.seq)
     Trainer(model, arguments, train_dataset=data, callbacks=[MemoryCallback(name=options.name)]).train()

@@ -14,9 +14,7 @@ def assumptions(cfg: RunConfig, managed_bytes: int = 0) -> list[str]:
     out = ["worst rank; steady state is the step from which steps repeat"]
     if cfg.hardware.device_type == "cuda":
         if cfg.train.expandable_segments:
-            out.append(
-                "caching allocator with expandable segments, as PyTorch's source has them; no GPU run did confirm"
-            )
+            out.append("caching allocator with expandable segments")
         else:
             out.append("caching allocator with default settings; segment addresses as one driver (580.159) gives them")
         out.append("cuBLAS workspaces of the forward and backward threads only; one CUDA stream per thread")
@@ -33,7 +31,7 @@ def assumptions(cfg: RunConfig, managed_bytes: int = 0) -> list[str]:
         out.append("CPU: no caching allocator, reserved equals allocated; device_used is not modelled")
     if cfg.precision.kind is Precision.FP16_MIXED:
         out.append("fp16: every step is taken; a step that the loss scaler skips for an overflow is not modelled")
-    waits = cfg.parallel.ddp.release_first_bucket and cfg.engine.kind != "hf_trainer"
+    waits = cfg.parallel.ddp.release_first_bucket
     if cfg.parallel.strategy is Strategy.DDP and cfg.hardware.device_type == "cuda" and not waits:
         out.append(
             "DDP: the first backward's bucket is kept until the second step's first all-reduce; NCCL's watchdog may "

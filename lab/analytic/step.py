@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from lab.analytic.batches import batches_and_losses, load_trainer_batches
 from lab.analytic.families import make_buffers, make_decoder
 from lab.analytic.inventory import inventory
 from lab.analytic.ops import Ops
 from lab.analytic.sharding import rule_of
-from lab.analytic.tape import FP32, INT64, Tape, Tensor, Trace
+from lab.analytic.tape import FP32, Tape, Tensor, Trace
 from lab.analytic.timeline import phase_mark
 from lab.config import RunConfig
 from lab.vocab import MemoryCategory, Precision, StepPhase
@@ -31,19 +32,27 @@ class Replay:
             lt_workspace_bytes=cfg.hardware.cublaslt_workspace_bytes,
         )
         self.kept: list[object] = []
+        self.trainer_batches = self.gpu and cfg.engine.kind == "hf_trainer"
+        self.batches: list[Tensor] = []  # the Trainer's, of one step
         self.done = 0
         self.last_loss: Tensor | None = None
 
     def build(self) -> None:
-        """Model, engine, batches and the loss record."""
-        self.kept += batches_and_losses(self.cfg, self.tape)
-        self.kept += make_buffers(self.cfg, self.tape)
+        """Model, engine, batches and the loss record; what the Trainer holds comes after what one gives it."""
+        if not self.trainer_batches:
+            self.kept += batches_and_losses(self.cfg, self.tape)
+            self.kept += make_buffers(self.cfg, self.tape)
         self.rule.build()
+        if self.trainer_batches:
+            self.kept += make_buffers(self.cfg, self.tape)
+            self.kept.append(self.tape.new(1, FP32, "summed loss", MemoryCategory.LOGITS_AND_LOSS))
         self.decoder = make_decoder(self.cfg, self.ops, self.rule.parameters, self.rule)
 
     def step(self) -> None:
         """One optimizer step."""
         self.rule.start_step()
+        if self.trainer_batches:
+            self.batches = load_trainer_batches(self.cfg, self.tape)
         accumulation, trainer = self.cfg.train.gradient_accumulation_steps, self.cfg.engine.kind == "hf_trainer"
         for micro in range(accumulation):
             self.rule.last_micro_step = micro == accumulation - 1
@@ -101,22 +110,3 @@ class Replay:
         loss = self.decoder.forward()
         self.ops.cast_cache = {}  # autocast ends with the forward pass
         return loss
-
-
-def batches_and_losses(cfg: RunConfig, tape: Tape) -> list[Tensor]:
-    """What the loop keeps on the device: the lab's two pairs of tokens and targets and its losses, or the Trainer's.
-
-    transformers.Trainer (trainer.py, get_batch_samples) fetches the batches of all micro-steps at once, counts their
-    items and sums its loss up in one scalar. Accelerate's loader is one batch ahead, on the host: the CPU's tracker
-    sees that, and the sum only once something is added to it (``Replay.step``).
-    """
-    t, category, loss = cfg.train, MemoryCategory.ACTIVATIONS, MemoryCategory.LOGITS_AND_LOSS
-    tokens = t.micro_batch_size * t.seq_len
-    if cfg.engine.kind != "hf_trainer":
-        kept = [tape.new(tokens, INT64, "batch", category) for _ in range(4)]
-        return [*kept, tape.new(t.steps, FP32, "losses", loss)]
-    gpu = cfg.hardware.device_type == "cuda"
-    count = cfg.engine.batch_tensors * (t.gradient_accumulation_steps + (0 if gpu else 1))
-    kept = [tape.new(tokens, INT64, "batch", category) for _ in range(count)]
-    kept.append(tape.new(1, FP32, "number of items", loss))
-    return [*kept, tape.new(1, FP32, "summed loss", loss)] if gpu else kept

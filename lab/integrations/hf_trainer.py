@@ -30,12 +30,21 @@ class MemoryCallback:
     """Measures every rank, predicts, logs both, and leaves a record that `lab compare` and `lab validate` read.
 
     ``name`` and ``output_dir``: the record goes to ``<output_dir>/<name>/<run id>/record.json``. ``seq_len``: tokens
-    per sequence; None: as the first batch has it. A failure of the lab's never stops the training: it is printed, and
-    nothing more is measured.
+    per sequence; None: as the first batch has it. ``release_first_bucket``: under DDP on GPUs wait 1 s, once, after the
+    first step, so that what is reserved does not hang on the timing of NCCL's watchdog (parallel.ddp, lab's own); False
+    leaves the training as it is. A failure of the lab's never stops the training: it is printed, and nothing more is
+    measured.
     """
 
-    def __init__(self, name: str = "hf_trainer", output_dir: str = "outputs", seq_len: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str = "hf_trainer",
+        output_dir: str = "outputs",
+        seq_len: int | None = None,
+        release_first_bucket: bool = True,
+    ) -> None:
         self.name, self.output_dir, self.seq_len = name, output_dir, seq_len
+        self.release_first_bucket = release_first_bucket
         self.run: TrainerRun | None = None
         self._patches = ExitStack()
         atexit.register(self._abandoned)
@@ -54,7 +63,8 @@ class MemoryCallback:
     def _start(self, args: Any, state: Any, kwargs: dict[str, Any], replaced: tuple[str, ...]) -> None:
         from lab.parallel.accelerate_engine import watched_backward
 
-        run = self.run = TrainerRun(self.name, self.output_dir, args, state.max_steps, kwargs["model"], self.seq_len)
+        wanted = (self.seq_len, self.release_first_bucket)
+        run = self.run = TrainerRun(self.name, self.output_dir, args, state.max_steps, kwargs["model"], *wanted)
         run.replaced = replaced
         run.start(kwargs["optimizer"])
         hook = kwargs["model"].register_forward_pre_hook(self._before_forward, with_kwargs=True)
@@ -84,7 +94,7 @@ class MemoryCallback:
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.run is not None:
-            self._guarded(self.run.phases.end_step)
+            self._guarded(self.run.end_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if self.run is None or logs is None:

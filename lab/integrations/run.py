@@ -20,10 +20,11 @@ from lab.config import RunConfig
 from lab.faults import is_out_of_memory, one_line, oom_moment
 from lab.integrations.phases import PhaseSwitch
 from lab.integrations.settings import Facts, Settings, resolved, trainer_settings
+from lab.launch import has_expandable_segments
 from lab.measure import gather, make_meter
 from lab.parallel.accelerate_engine import applied_state
 from lab.parallel.engine import quantized_tensors
-from lab.parallel.replicated import ddp_allocations
+from lab.parallel.replicated import await_watchdog, ddp_allocations, waits_for_first_bucket
 from lab.record import Prediction, StepMeasurement, write_json_atomic
 from lab.run_state import RunState
 from lab.track import RunFolder, new_run_id
@@ -35,9 +36,18 @@ PROVISIONAL_SEQ_LEN = 1  # until the first batch is seen; nothing that the meter
 class TrainerRun:
     """Made when the training begins; ``seq_len`` None: the first batch tells."""
 
-    def __init__(self, name: str, output_dir: str, args: Any, max_steps: int, model: Any, seq_len: int | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        output_dir: str,
+        args: Any,
+        max_steps: int,
+        model: Any,
+        seq_len: int | None,
+        release_first_bucket: bool = False,
+    ) -> None:
         self.name, self.output_dir, self.args, self.model = name, output_dir, args, model
-        self.max_steps, self.seq_len = max_steps, seq_len
+        self.max_steps, self.seq_len, self._release_first_bucket = max_steps, seq_len, release_first_bucket
         self.device = torch.device(args.device)
         self.world_size, self.rank = int(args.world_size), int(args.process_index)
         self.run_id = _shared_run_id(self.rank)
@@ -85,6 +95,8 @@ class TrainerRun:
             input_gradients=any(getattr(m, "_require_grads_hooks", None) for m in self.model.modules()),
             quantization=_quantization(self.model),
             padded=mask is not None and not bool(mask.all()),
+            release_first_bucket=self._release_first_bucket,
+            expandable_segments=has_expandable_segments(self.device),
         )
         path = str(self.path / "model" / "config.json")
         settings = trainer_settings(self.args, facts, path, self.name, self.output_dir)
@@ -116,13 +128,18 @@ class TrainerRun:
             yield MemoryCategory.ACTIVATIONS, embedded
             if embedded.grad is not None:
                 yield MemoryCategory.ACTIVATIONS, embedded.grad
+        yield from quantized_tensors(self.model)
+        for buffer in self.model.buffers():
+            yield MemoryCategory.ACTIVATIONS, buffer
+        if self.cfg.parallel.strategy.zero_stage:
+            from lab.parallel.zero import deepspeed_tensors
+
+            yield from deepspeed_tensors(self.model, self.optimizer, self.device)
+            return
         for parameter in self.model.parameters():
             yield MemoryCategory.PARAMETERS, parameter.data
             if parameter.grad is not None:
                 yield MemoryCategory.GRADIENTS, parameter.grad
-        yield from quantized_tensors(self.model)
-        for buffer in self.model.buffers():
-            yield MemoryCategory.ACTIVATIONS, buffer
         for state in getattr(self.optimizer, "state", {}).values():
             for value in state.values():
                 if isinstance(value, Tensor) and value.device.type == self.device.type:
@@ -131,6 +148,11 @@ class TrainerRun:
     def begin_step(self) -> None:
         self.phases.begin_step(self.steps_begun)
         self.steps_begun += 1
+
+    def end_step(self) -> None:
+        self.phases.end_step()
+        if self.steps_begun == 1 and waits_for_first_bucket(self.cfg, self.device):
+            await_watchdog(self.device)
 
     def saw_batch(self, inputs: dict[str, Any]) -> None:
         """Before each forward of a training step: the batch's length, and with the first one the prediction."""

@@ -46,6 +46,8 @@ class Facts:
     input_gradients: bool = False  # enable_input_require_grads was called
     quantization: Mapping[str, Any] | None = None  # config.quantization_config, as a dictionary
     padded: bool = False  # the first batch's attention_mask has zeros
+    release_first_bucket: bool = False  # the callback waits for NCCL's watchdog after the first step
+    expandable_segments: bool = False  # of PyTorch's allocator, as PYTORCH_ALLOC_CONF asked
 
 
 @dataclass
@@ -98,8 +100,10 @@ def _strategy(facts: Facts, out: Settings) -> str:
     strategy = f"zero{stage}" if facts.distributed_type == "DEEPSPEED" and stage else "fsdp"
     strategy = _STRATEGIES.get(facts.distributed_type, strategy)
     out.overrides.append(f"parallel={strategy}")
-    if strategy == "ddp":  # the lab's own pause after the first step; a Trainer makes none
-        out.overrides.append("parallel.ddp.release_first_bucket=false")
+    if strategy == "ddp":  # the lab's own pause after the first step
+        out.overrides.append(f"parallel.ddp.release_first_bucket={str(facts.release_first_bucket).lower()}")
+    if facts.expandable_segments:
+        out.overrides.append("train.expandable_segments=true")
     if strategy == "fsdp":
         out.missing.append(f"{facts.distributed_type} through a Trainer is not modelled")
     if strategy.startswith("zero"):

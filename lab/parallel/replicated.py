@@ -71,8 +71,7 @@ class ReplicatedEngine(TorchStep):
         """
         waits, self._first_bucket = self._first_bucket, False
         if waits:
-            torch.cuda.synchronize(self.device)
-            time.sleep(WATCHDOG_PERIODS * WATCHDOG_SECONDS)
+            await_watchdog(self.device)
 
     def live_tensors(self) -> Iterator[LiveTensor]:
         yield from parameters_and_gradients(self.decoder.parameters())
@@ -94,6 +93,12 @@ def waits_for_first_bucket(cfg: RunConfig, device: torch.device) -> bool:
     """Only NCCL keeps what it reduces."""
     ddp = cfg.parallel.strategy is Strategy.DDP
     return ddp and device.type == "cuda" and cfg.parallel.ddp.release_first_bucket
+
+
+def await_watchdog(device: torch.device) -> None:
+    """Until NCCL's watchdog has seen that everything sent so far is over."""
+    torch.cuda.synchronize(device)
+    time.sleep(WATCHDOG_PERIODS * WATCHDOG_SECONDS)
 
 
 def ddp_allocations(model: DistributedDataParallel) -> Iterator[tuple[MemoryCategory, int]]:

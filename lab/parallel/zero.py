@@ -95,15 +95,7 @@ class ZeroEngine:
         """Nothing: DeepSpeed's step has dropped the gradients."""
 
     def live_tensors(self) -> Iterator[LiveTensor]:
-        if self.cfg.parallel.strategy.zero_stage == 3:
-            yield from _stage3_tensors(self.engine.module, self.optimizer)
-        else:
-            yield from _stage12_tensors(self.engine.module, self.optimizer)
-        for tensor in optimizer_state_tensors(self.base_optimizer, self.device):
-            yield MemoryCategory.OPTIMIZER_STATES, tensor
-        # Scalars kept from step to step.
-        kept = ("_global_grad_norm", "inf_or_nan_tracker")
-        yield from _as(MemoryCategory.TEMPORARIES, [getattr(self.optimizer, name, None) for name in kept])
+        yield from deepspeed_tensors(self.engine.module, self.optimizer, self.device)
         yield from cached_tensors(self.engine.module)
         yield from quantized_tensors(self.engine.module)
 
@@ -160,6 +152,17 @@ def _tensors(*values: Any) -> Iterator[Tensor]:
 def _as(category: MemoryCategory, *values: Any) -> Iterator[LiveTensor]:
     for tensor in _tensors(*values):
         yield category, tensor.detach()
+
+
+def deepspeed_tensors(model: nn.Module, optimizer: Any, device: torch.device) -> Iterator[LiveTensor]:
+    """What DeepSpeed's ``optimizer``, of any stage, holds for the module ``model``; its base optimizer's states too."""
+    stage3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
+    yield from (_stage3_tensors if stage3 else _stage12_tensors)(model, optimizer)
+    for tensor in optimizer_state_tensors(optimizer.optimizer, device):
+        yield MemoryCategory.OPTIMIZER_STATES, tensor
+    # Scalars kept from step to step.
+    kept = ("_global_grad_norm", "inf_or_nan_tracker")
+    yield from _as(MemoryCategory.TEMPORARIES, [getattr(optimizer, name, None) for name in kept])
 
 
 def _gradients(parameters: Iterable[nn.Parameter]) -> Iterator[Any]:

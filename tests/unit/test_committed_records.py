@@ -93,7 +93,7 @@ def test_most_are_right_to_the_byte() -> None:
 
 
 def ddp_records() -> list[tuple[RunConfig, int]]:
-    """Configuration and measured reserved bytes of every DDP run on several GPUs through the lab's own loop."""
+    """Configuration and measured reserved bytes of every DDP run on several GPUs."""
     found = []
     for _, record in read_records([p.parent for p in EXPERIMENTS.glob("*/records.jsonl")]):
         step = record.steady_step
@@ -101,7 +101,7 @@ def ddp_records() -> list[tuple[RunConfig, int]]:
             continue
         worst = record.worst("peak_reserved_bytes", step)
         cfg = _with_todays_hardware(run_config_from_json(record.config))
-        if cfg.world_size > 1 and cfg.engine.kind != "hf_trainer" and worst is not None:
+        if cfg.world_size > 1 and worst is not None:
             found.append((cfg, worst[0]))
     return found
 

@@ -46,7 +46,7 @@ def test_studies_are_subsets_of_the_matrix() -> None:
         (["model.dropout=0.1", "train.max_grad_norm=null"], 1),
         (["model.bias=true"], 2),
         (["parallel=hsdp", "world_size=2"], 0),
-        ([], 83),
+        ([], 90),
     ],
 )
 def test_where_chooses_by_settings_and_groups(where: list[str], count: int) -> None:
@@ -55,7 +55,7 @@ def test_where_chooses_by_settings_and_groups(where: list[str], count: int) -> N
 
 def test_a_run_in_two_bundles_is_read_once() -> None:
     assert len(list(read_records([MATRIX, ROOT / "experiments"]))) == len(list(read_records([ROOT / "experiments"])))
-    assert len(list(read_records([MATRIX, MATRIX]))) == 83
+    assert len(list(read_records([MATRIX, MATRIX]))) == 90
 
 
 def test_where_leaves_out_records_without_the_setting() -> None:

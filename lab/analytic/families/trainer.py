@@ -12,7 +12,7 @@ from lab.analytic.families.gpt2 import GPT2
 from lab.analytic.families.inventory import PREFIX, embedding_module
 from lab.analytic.families.llama import Llama
 from lab.analytic.families.pieces import causal_lm_loss
-from lab.analytic.tape import BOOL, FP32, Accumulator, Tensor
+from lab.analytic.tape import BOOL, FP32, INT64, Accumulator, Tensor
 from lab.vocab import Checkpointing, Strategy
 
 
@@ -24,9 +24,11 @@ class TrainerDecoder(HFDecoder):
         if not self.cfg.engine.attention_mask:
             super()._check_packed()
             return
-        mask = self.ops.new(self.rows, 1, "attention mask, bool")
+        mask = self.ops.new(self.rows, BOOL, "attention mask, bool")
+        total = self.ops.new(1, INT64, "sum of the mask")
+        self.ops.new(self.rows, INT64, "attention mask, int64")
         self.ops.new(1, BOOL, "mask without padding")
-        del mask
+        del total, mask
 
     def _embedding(self, name: str, rows: int, indices: Tensor | None = None) -> Tensor:
         """enable_input_require_grads makes the tokens' embeddings leaves; the graph keeps them and their gradient."""
@@ -57,6 +59,7 @@ class TrainerDecoder(HFDecoder):
         del x
         loss = hooks.post_forward(-1, hooks.leave("", loss))
         if ops.amp is not None:
+            ops.cast_cache = {}  # Accelerate's autocast is inside (prepare_model)
             logits = ops.cast(logits, FP32, "logits of the outputs, fp32")
         if self._copied_by_ddp():
             copies = ops.scale(loss, "DDP's copy of the loss"), ops.scale(logits, "DDP's copy of the logits")

@@ -119,12 +119,12 @@ class DDP(Rule):
 
     @property
     def released(self) -> bool:
-        """Does the engine wait until the first bucket is nobody's but DDP's? transformers' Trainer has its own loop.
+        """Does the engine wait until the first bucket is nobody's but DDP's?
 
         It waits after the first step: a static graph uses that bucket in the second once more.
         """
         options = self.cfg.parallel.ddp
-        return options.release_first_bucket and not options.static_graph and self.cfg.engine.kind != "hf_trainer"
+        return options.release_first_bucket and not options.static_graph
 
     def bucket_caps(self) -> list[int]:
         """Caps in bytes of the buckets made in the second step; the last one holds for all that follow."""
