@@ -77,7 +77,7 @@ class DDPOptions:
     gradient_as_bucket_view: bool = False
     broadcast_buffers: bool = True
     static_graph: bool = False
-    # Wait once, 1 s after the first step, until NCCL has let go of the first bucket (GPU, native and accelerate).
+    # Wait once, 1 s before DDP makes its buckets anew, until NCCL has let go of the first one (GPU).
     # Off here, for records from before it: there NCCL's watchdog, every 100 ms, decided.
     release_first_bucket: bool = False
 

@@ -24,7 +24,7 @@ from lab.launch import has_expandable_segments
 from lab.measure import gather, make_meter
 from lab.parallel.accelerate_engine import applied_state
 from lab.parallel.engine import quantized_tensors
-from lab.parallel.replicated import await_watchdog, ddp_allocations, waits_for_first_bucket
+from lab.parallel.replicated import await_watchdog, ddp_allocations, steps_with_first_bucket
 from lab.record import Prediction, StepMeasurement, write_json_atomic
 from lab.run_state import RunState
 from lab.track import RunFolder, new_run_id
@@ -151,7 +151,7 @@ class TrainerRun:
 
     def end_step(self) -> None:
         self.phases.end_step()
-        if self.steps_begun == 1 and waits_for_first_bucket(self.cfg, self.device):
+        if self.steps_begun == steps_with_first_bucket(self.cfg, self.device):
             await_watchdog(self.device)
 
     def saw_batch(self, inputs: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from lab.model.hf import HFCausalLM
 from lab.optim import build_optimizer, learning_rate, set_learning_rate
 from lab.parallel.fsdp import FSDPEngine
 from lab.parallel.materialise import materialise
-from lab.parallel.replicated import ReplicatedEngine, waits_for_first_bucket
+from lab.parallel.replicated import ReplicatedEngine, steps_with_first_bucket
 from lab.parallel.zero import ZeroEngine, deepspeed_config, import_deepspeed, materialise_for_zero
 from lab.transforms.precision import deepspeed_section
 from lab.vocab import Precision, Strategy
@@ -204,7 +204,7 @@ class AccelerateReplicated(_Accelerated, ReplicatedEngine):
         self.optimizer = build_optimizer(self.parameters, cfg.optimizer)
         self.prepare(model, self.optimizer, device)
         self.model = self.prepared[0]
-        self._first_bucket = waits_for_first_bucket(cfg, device)
+        self._first_bucket = steps_with_first_bucket(cfg, device)
 
     def zero_grad(self) -> None:
         _Accelerated.zero_grad(self)

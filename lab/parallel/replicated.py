@@ -46,7 +46,7 @@ class ReplicatedEngine(TorchStep):
         self.model: nn.Module = _ddp(cfg, model, device) if cfg.parallel.strategy is Strategy.DDP else model
         self.make_optimizer((p for p in model.parameters() if p.requires_grad), device)
         self._micro_step = 0
-        self._first_bucket = waits_for_first_bucket(cfg, device)
+        self._first_bucket = steps_with_first_bucket(cfg, device)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         # DDP decides in forward whether the coming backward reduces: only that of the last micro-step.
@@ -62,15 +62,15 @@ class ReplicatedEngine(TorchStep):
         self.release_first_bucket()
 
     def release_first_bucket(self) -> None:
-        """Once, after the first step: wait until NCCL's watchdog has seen that DDP's first reduction is over.
+        """After each step; once, when it was the last with DDP's first bucket, wait for NCCL's watchdog.
 
-        Until then the reduction's Work holds the first bucket, all gradients in one (ProcessGroupNCCL.cpp,
-        stashed_for_allocator_safety_); if it still does when DDP makes its buckets anew, in the second forward, both
-        exist at once and the segments stay for the rest of the run. Which it is would otherwise hang on how long the
-        first optimizer step takes on the host.
+        Until it has seen that the reduction is over, its Work holds the first bucket, all gradients in one
+        (ProcessGroupNCCL.cpp, stashed_for_allocator_safety_); if it still does when DDP makes its buckets anew, in the
+        next forward, both exist at once and the segments stay for the rest of the run. Which it is would otherwise
+        hang on how long the optimizer step takes on the host.
         """
-        waits, self._first_bucket = self._first_bucket, False
-        if waits:
+        self._first_bucket -= 1
+        if self._first_bucket == 0:
             await_watchdog(self.device)
 
     def live_tensors(self) -> Iterator[LiveTensor]:
@@ -89,10 +89,13 @@ class ReplicatedEngine(TorchStep):
         self.model = self.decoder = nn.Module()
 
 
-def waits_for_first_bucket(cfg: RunConfig, device: torch.device) -> bool:
-    """Only NCCL keeps what it reduces."""
-    ddp = cfg.parallel.strategy is Strategy.DDP
-    return ddp and device.type == "cuda" and cfg.parallel.ddp.release_first_bucket
+def steps_with_first_bucket(cfg: RunConfig, device: torch.device) -> int:
+    """Steps until DDP makes its buckets anew, if the old one is waited for; a static graph's first step only counts.
+
+    0: nobody waits; only NCCL keeps what it reduces.
+    """
+    ddp = cfg.parallel.strategy is Strategy.DDP and device.type == "cuda" and cfg.parallel.ddp.release_first_bucket
+    return (2 if cfg.parallel.ddp.static_graph else 1) if ddp else 0
 
 
 def await_watchdog(device: torch.device) -> None:

@@ -17,7 +17,7 @@ from lab.metrics import flops_per_token, run_metrics, utilisation
 from lab.optim import build_optimizer, learning_rate
 from lab.parallel import ENGINES
 from lab.parallel.materialise import initial_value, materialise, slots
-from lab.parallel.replicated import ReplicatedEngine, waits_for_first_bucket
+from lab.parallel.replicated import ReplicatedEngine, steps_with_first_bucket
 from lab.parallel.zero import deepspeed_config
 from lab.progress import Progress
 from lab.record import PhaseReading, RankMeasurement, StepMeasurement
@@ -262,13 +262,19 @@ def test_ddp_waits_once_for_its_first_bucket(monkeypatch: pytest.MonkeyPatch) ->
     engine.device = torch.device("cuda")
     gpu = ["parallel=ddp", "world_size=2", "hardware=h200"]
     ddp = load(gpu)
-    engine._first_bucket = waits_for_first_bucket(ddp, engine.device)
+    engine._first_bucket = steps_with_first_bucket(ddp, engine.device)
     engine.release_first_bucket()
     engine.release_first_bucket()
     assert done[0] == 0.0
     assert len(done) == 2
     assert done[1] >= 1.0
-    assert not waits_for_first_bucket(ddp, torch.device("cpu"))
-    assert not waits_for_first_bucket(load(["hardware=h200"]), engine.device)
-    off = load([*gpu, "parallel.ddp.release_first_bucket=false"])
-    assert not waits_for_first_bucket(off, engine.device)
+    assert steps_with_first_bucket(ddp, torch.device("cpu")) == 0
+    assert steps_with_first_bucket(load(["hardware=h200"]), engine.device) == 0
+    assert steps_with_first_bucket(load([*gpu, "parallel.ddp.release_first_bucket=false"]), engine.device) == 0
+    static = load([*gpu, "parallel.ddp.static_graph=true"])
+    engine._first_bucket = steps_with_first_bucket(static, engine.device)
+    engine.release_first_bucket()
+    assert len(done) == 2
+    engine.release_first_bucket()
+    engine.release_first_bucket()
+    assert len(done) == 4

@@ -28,10 +28,10 @@ class DDP(Rule):
 
     On NCCL the first backward's bucket may outlive them: its all-reduce's Work holds it until the watchdog (every
     100 ms) has seen it done, and the main thread lets go at its next collective (ProcessGroupNCCL.cpp,
-    stashed_for_allocator_safety_). With ``release_first_bucket`` the lab waits for the watchdog after the first step:
+    stashed_for_allocator_safety_). With ``release_first_bucket`` the lab waits for the watchdog before they are made:
     the next collective is then the broadcast of the new buckets' order (reducer.cpp, sync_bucket_indices), and the
-    old bucket goes before the new ones are made. Otherwise it is the first all-reduce of the second step here; in
-    a run the watchdog may pass earlier (a slow first optimizer step), or later (very fast steps).
+    old bucket goes before the new ones are made. Otherwise it is the first all-reduce after that here; in a run the
+    watchdog may pass earlier (a slow first optimizer step), or later (very fast steps).
 
     ``static_graph``: the first backward only counts what is used, in a map of its own; gradients go into the bucket
     when it is over (delay_all_reduce). They arrive one by one in the second step, so the third makes the buckets anew.
@@ -119,12 +119,8 @@ class DDP(Rule):
 
     @property
     def released(self) -> bool:
-        """Does the engine wait until the first bucket is nobody's but DDP's?
-
-        It waits after the first step: a static graph uses that bucket in the second once more.
-        """
-        options = self.cfg.parallel.ddp
-        return options.release_first_bucket and not options.static_graph
+        """Does the engine wait, before the buckets are made anew, until the first one is nobody's but DDP's?"""
+        return self.cfg.parallel.ddp.release_first_bucket
 
     def bucket_caps(self) -> list[int]:
         """Caps in bytes of the buckets made in the second step; the last one holds for all that follow."""
