@@ -108,7 +108,8 @@ def get_ready(cfg: RunConfig) -> None:
 def predict_first(state: RunState) -> None:
     """prediction.json before anything is trained: it cannot be tuned to the outcome, and an OOM still leaves it.
 
-    A formula that fails costs the prediction, with a note in the record, not the measurement.
+    A formula that fails costs the prediction, with a note in the record, not the measurement. ConfigError: what only
+    the sizes of a rank's tensors show to be wrong.
     """
     assert state.folder is not None
     try:
@@ -116,6 +117,8 @@ def predict_first(state: RunState) -> None:
 
         state.prediction = predict(state.cfg)
         state.folder.write_prediction(state.prediction)
+    except ConfigError:
+        raise
     except Exception as error:
         state.notes.append(f"no prediction: {type(error).__name__}: {error}")
         print(state.notes[-1], file=sys.stderr)

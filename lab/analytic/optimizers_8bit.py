@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from lab.analytic.optimizers import STATES, Optimizer, Shape
 from lab.analytic.tape import FP32, Tape, Tensor
 from lab.config import OptimizerConfig
+from lab.config.limits import check_elements
 
 BLOCK_SIZE = 256  # init_state, blocksize: not a setting
 TABLE = 256  # entries of a code table
@@ -56,6 +57,7 @@ class BitsAndBytes(Optimizer):
         if group in self.made:
             return
         self.made.add(group)
+        check_elements(self.cfg.kind, max((numel for numel, _ in params), default=0))
         for numel, _ in params:
             self._init_state(numel)
 

@@ -35,6 +35,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "hardware.device_type": ("cpu", "cuda"),
 }
 
+BITSANDBYTES_ELEMENTS = (1 << 31) - 1  # backends/cuda/ops.py hands a tensor's size over as c_int32, which wraps unseen
+
 _POSITIVE = [
     "world_size",
     "engine.batch_tensors",
@@ -141,3 +143,14 @@ def check_limits(cfg: RunConfig) -> None:
         value, chosen = _get(cfg, f"{group}.{field}"), cfg.choices.get(group)
         if chosen and value != chosen:
             raise ConfigError(f"{group}.{field}", value, f"contradicts {group}={chosen}; write {group}={value}")
+
+
+def check_elements(optimizer: str, largest: int) -> None:
+    """ConfigError where a tensor of ``largest`` elements (a ZeRO partition may be) is too much for bitsandbytes."""
+    if largest > BITSANDBYTES_ELEMENTS:
+        raise ConfigError(
+            "optimizer",
+            optimizer,
+            f"bitsandbytes counts a tensor's elements in 32 bits and a rank's flat partition has {largest}; "
+            "use optimizer=adamw, more ranks, or parallel=zero3 with parallel.zero.sub_group_size below 2^31",
+        )

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lab.config import ConfigError, OptimizerConfig
+from lab.config import OptimizerConfig
+from lab.config.limits import check_elements
 from lab.transforms.bnb import import_bitsandbytes
 
 CLASSES = {
@@ -23,7 +24,6 @@ CLASSES = {
     "paged_adamw_32bit": "PagedAdamW32bit",
     "lion_8bit": "Lion8bit",
 }
-MOST_ELEMENTS = (1 << 31) - 1  # backends/cuda/ops.py hands a tensor's size over as c_int32, which wraps unseen
 
 
 def build_bnb_optimizer(params: list[nn.Parameter], cfg: OptimizerConfig) -> torch.optim.Optimizer:
@@ -45,14 +45,7 @@ def check_sizes(optimizer: torch.optim.Optimizer, cfg: OptimizerConfig) -> None:
     """ConfigError where a tensor is too large for the kernels (a ZeRO partition may be): they would update a part."""
     if cfg.kind not in CLASSES:
         return
-    largest = max((p.numel() for group in optimizer.param_groups for p in group["params"]), default=0)
-    if largest > MOST_ELEMENTS:
-        raise ConfigError(
-            "optimizer",
-            cfg.kind,
-            f"bitsandbytes counts a tensor's elements in 32 bits and this rank's flat partition has {largest}; "
-            "use optimizer=adamw, more ranks, or parallel=zero3 with parallel.zero.sub_group_size below 2^31",
-        )
+    check_elements(cfg.kind, max((p.numel() for group in optimizer.param_groups for p in group["params"]), default=0))
 
 
 def managed_bytes(cfg: OptimizerConfig, device: torch.device) -> int | None:

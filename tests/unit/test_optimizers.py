@@ -16,13 +16,17 @@ from lab.analytic.optimizers_8bit import MANAGED_BATCH
 from lab.analytic.reduce import column_partials, norm_workspace_bytes
 from lab.analytic.tape import ALLOC, FREE, Tape, Trace
 from lab.config import ConfigError, RunConfig, load
+from lab.config.limits import BITSANDBYTES_ELEMENTS
 from lab.measure.cpu_tracker import StorageTracker
 from lab.optim import build_optimizer
 from lab.parallel.engine import optimizer_state_tensors
 from lab.report.optimizers import optimizer_table
+from lab.run_state import RunState
+from lab.track import RunFolder
 from lab.track.bundle import read_records
 from lab.track.select import select
-from lab.transforms.bnb_optimizers import MOST_ELEMENTS, check_sizes, managed_bytes, paged_notes
+from lab.train import predict_first
+from lab.transforms.bnb_optimizers import check_sizes, managed_bytes, paged_notes
 from lab.vocab import MemoryCategory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -202,13 +206,24 @@ def test_the_cpu_says_that_it_does_not_page() -> None:
 
 def test_a_partition_that_the_kernels_cannot_count_is_refused() -> None:
     with torch.device("meta"):
-        optimizer = torch.optim.SGD([nn.Parameter(torch.empty(MOST_ELEMENTS + 1))])
-        small = torch.optim.SGD([nn.Parameter(torch.empty(MOST_ELEMENTS))])
+        optimizer = torch.optim.SGD([nn.Parameter(torch.empty(BITSANDBYTES_ELEMENTS + 1))])
+        small = torch.optim.SGD([nn.Parameter(torch.empty(BITSANDBYTES_ELEMENTS))])
     cfg = load(["optimizer=adamw_8bit"]).optimizer
     with pytest.raises(ConfigError, match="counts a tensor's elements in 32 bits"):
         check_sizes(optimizer, cfg)
     check_sizes(small, cfg)
     check_sizes(optimizer, load(["optimizer=adamw"]).optimizer)
+
+
+def test_the_prediction_refuses_it_and_the_run_with_it(tmp_path: Path) -> None:
+    large = ["model=3b", "parallel=zero1", "optimizer=lion_8bit", "hardware=h200"]
+    with pytest.raises(ConfigError, match=r"a rank's flat partition has 2[0-9]{9}"):
+        predict(load(large))
+    assert predict(load([*large, "world_size=2"])).fits
+    state = RunState(load([*large, f"launch.output_dir={tmp_path}"]), [], 0, 0)
+    state.folder = RunFolder.create(state.cfg, "too_large", 0)
+    with pytest.raises(ConfigError, match="flat partition"):
+        predict_first(state)
 
 
 # -- settings -------------------------------------------------------------------------------------
