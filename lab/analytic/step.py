@@ -54,6 +54,7 @@ class Replay:
         if self.trainer_batches:
             self.batches = load_trainer_batches(self.cfg, self.tape)
         accumulation, trainer = self.cfg.train.gradient_accumulation_steps, self.cfg.engine.kind == "hf_trainer"
+        inside = trainer and self.rule.deepspeed  # Accelerate's backward takes DeepSpeed's step (utils/deepspeed.py)
         for micro in range(accumulation):
             self.rule.last_micro_step = micro == accumulation - 1
             self._mark(StepPhase.FORWARD, False)
@@ -63,6 +64,8 @@ class Replay:
             roots = self._scaled(loss)
             self.tape.backward(roots[-1], self.rule.end_backward)
             self.rule.finish_backward()
+            if inside and self.rule.last_micro_step:
+                self.rule.optimizer_step()
             del roots
             self._mark(StepPhase.BACKWARD, True)
             if trainer and self.rule.last_micro_step:  # MemoryCallback opens the phase inside training_step
@@ -75,7 +78,8 @@ class Replay:
             self.tape.held_by_graph.clear()
         if not trainer:
             self._mark(StepPhase.OPTIMIZER_STEP, False)
-        self.rule.optimizer_step()
+        if not inside:
+            self.rule.optimizer_step()
         self._mark(StepPhase.OPTIMIZER_STEP, True)
         self._mark(StepPhase.ZERO_GRAD, False)
         self.rule.zero_grad()

@@ -80,3 +80,26 @@ def test_ddps_buckets_are_in_the_ledger(tmp_path: Path) -> None:
         assert abs(last.unattributed_bytes) <= 0.01 * last.end_allocated_bytes
     peak = next(r for r in record.residuals if r.where == "peak")
     assert abs(peak.predicted_bytes - peak.measured_bytes) <= 0.01 * peak.measured_bytes
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeeds_buffers_are_in_the_ledger(stage: int, tmp_path: Path) -> None:
+    """Accelerate's backward takes DeepSpeed's step too, so stage 2's gradients are gone when that phase ends."""
+    example(tmp_path, "--zero", str(stage), ranks=2)
+    ((_, record),) = read_records([tmp_path / "outputs"])
+    assert record.status == "ok"
+    assert record.prediction is not None
+    assert record.config["parallel"]["strategy"] == f"zero{stage}"
+    for rank in record.ranks:
+        last = rank.steps[-1].phases[StepPhase.BACKWARD]
+        assert last.tensors is not None
+        assert last.unattributed_bytes is not None
+        assert (last.tensors.get(MemoryCategory.GRADIENTS, 0) > 0) is (stage == 3)
+        whole_or_half = {2: 1, 3: 2}[stage]  # bf16 weights against half the fp32 ones
+        assert (
+            last.tensors[MemoryCategory.MASTER_WEIGHTS] == whole_or_half * last.tensors[MemoryCategory.PARAMETERS] > 0
+        )
+        assert abs(last.unattributed_bytes) <= 0.02 * last.end_allocated_bytes
+    errors = {r.where: r.predicted_bytes - r.measured_bytes for r in record.residuals}
+    for where in ("peak", "forward.peak", "backward.peak", "backward.end", "zero_grad.end"):
+        assert abs(errors[where]) <= 16 << 10, where
