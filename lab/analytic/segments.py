@@ -27,6 +27,14 @@ class Segment:
             trace.segments.append(self)
         return self.place
 
+    def play(self, trace: Trace, first: int, module: str) -> None:
+        """Once more, in ``trace``, by ``module``, with storages from ``first`` on."""
+        event: Event = (SEGMENT, first, self.put(trace), module, "", 0)
+        if trace.shorthand:
+            trace.events.append(event)
+        else:
+            trace.events += spelled_out([event], trace.segments)
+
     @cached_property
     def _running(self) -> list[int]:
         out, total = [], 0
@@ -105,29 +113,25 @@ class Together:
         trace.events.append((SEGMENT, storages[0].id, segment.put(trace), self.module, "", 0))
 
 
-class Passing(Segment):
+class Passing:
     """A segment that gives back all that it takes, of ``num_storages``."""
 
-    def __init__(self, events: Sequence[Event], num_storages: int) -> None:
-        super().__init__(events, "")
-        self.num_storages = num_storages
+    def __init__(self, segment: Segment, num_storages: int) -> None:
+        self.segment, self.num_storages = segment, num_storages
 
-    def play(self, trace: Trace) -> None:
-        """Once more, in ``trace``."""
-        event: Event = (SEGMENT, trace.next_id, self.put(trace), "", "", 0)
-        trace.next_id += self.num_storages
-        if trace.shorthand:
-            trace.events.append(event)
-        else:
-            trace.events += spelled_out([event], trace.segments)
+    def play(self, trace: Trace, module: str = "") -> None:
+        """Once more, in ``trace``, by ``module``."""
+        first = trace.next_id
+        trace.next_id = first + self.num_storages
+        self.segment.play(trace, first, module)
 
 
-def recorded(of: Trace, run: Callable[[Trace], None]) -> Passing:
-    """What ``run`` does to a trace like ``of``, on which it leaves nothing."""
+def recorded(of: Trace, run: Callable[[Trace], None], module: str = "") -> Passing:
+    """What ``run`` does, in ``module``, to a trace like ``of``, on which it leaves nothing."""
     trace = Trace(of.alignment, of.on_device_kernels)
     run(trace)
     assert sum(event[0] == ALLOC for event in trace.events) == sum(event[0] == FREE for event in trace.events)
-    return Passing(trace.events, trace.next_id)
+    return Passing(Segment(trace.events, module), trace.next_id)
 
 
 def _changes(events: Sequence[Event]) -> tuple[tuple[str, int], ...]:

@@ -21,7 +21,8 @@ from lab.analytic.sharding.fsdp import ALL_REDUCE_STREAM
 from lab.analytic.sharding.zero3_reduce import REDUCE_STREAM
 from lab.analytic.step import Replay
 from lab.analytic.tape import ALLOC, FREE, Accumulator, Event, Tape, Tensor, Trace
-from lab.config import load
+from lab.config import RunConfig, load, run_config_from_json
+from lab.track.bundle import read_records
 from lab.units import MIB
 from lab.vocab import MemoryCategory
 
@@ -43,13 +44,19 @@ def large_blocks(events: list[Event]) -> list[int]:
     return out + sorted(freed, reverse=True)
 
 
+def of_a_trainer(name: str) -> RunConfig:
+    """The configuration that the callback read off the run of this name."""
+    records = read_records([DATA.parents[2] / "experiments" / "hf_trainer"])
+    return next(run_config_from_json(record.config) for _, record in records if record.name == name)
+
+
 RUNS = sorted(p.name.split(".")[0].removeprefix("large_blocks_") for p in DATA.glob("large_blocks_*.json.gz"))
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_order_of_a_real_run(name: str) -> None:
     recorded = json.loads(gzip.decompress((DATA / f"large_blocks_{name}.json.gz").read_bytes()))
-    replay = Replay(load(recorded["overrides"]))
+    replay = Replay(load(recorded["overrides"]) if "overrides" in recorded else of_a_trainer(recorded["record"]))
     replay.build()
     for _ in range(recorded["steps"]):
         replay.step()
@@ -59,8 +66,8 @@ def test_order_of_a_real_run(name: str) -> None:
 
 
 def test_the_real_runs_are_there() -> None:
-    assert {"checkpointing", "ddp", "math", "eager", "qlora", "qlora_ddp", "hf_ddp_checkpointing"} <= set(RUNS)
-    assert len(RUNS) == 13
+    assert {"checkpointing", "ddp", "math", "eager", "qlora", "qlora_ddp", "trainer_lora_checkpointing"} <= set(RUNS)
+    assert len(RUNS) == 14
 
 
 def test_flash_splits_keys_where_rows_leave_multiprocessors_idle() -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lab.config import ConfigError, RunConfig, load
 from lab.integrations.settings import Facts, Settings, resolved, trainer_settings
@@ -149,3 +150,28 @@ def test_lab_train_refuses_it(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="engine=hf_trainer: measured in your own Trainer"):
         run(configured(tmp_path), [])
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_the_callbacks_pause_and_the_environments_allocator(waits: bool, tmp_path: Path) -> None:
+    facts = dataclasses.replace(
+        FACTS, world_size=2, distributed_type="MULTI_GPU", release_first_bucket=waits, expandable_segments=waits
+    )
+    found = mapped(tmp_path, facts).overrides
+    assert f"parallel.ddp.release_first_bucket={str(waits).lower()}" in found
+    assert ("train.expandable_segments=true" in found) is waits
+
+
+def test_the_pause_comes_once_when_the_first_step_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lab.integrations import run as module
+
+    pauses: list[torch.device] = []
+    monkeypatch.setattr(module, "await_watchdog", pauses.append)
+    run = module.TrainerRun.__new__(module.TrainerRun)
+    run.cfg, run.device = load(["parallel=ddp", "world_size=2", "hardware=h200"]), torch.device("cuda")
+    run.phases = SimpleNamespace(begin_step=lambda step: None, end_step=lambda: None)  # type: ignore[assignment]
+    run.steps_begun = 0
+    for _ in range(3):
+        run.begin_step()
+        run.end_step()
+    assert pauses == [run.device]
