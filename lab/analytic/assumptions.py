@@ -33,7 +33,7 @@ def assumptions(cfg: RunConfig, managed_bytes: int = 0) -> list[str]:
         out.append("fp16: every step is taken; a step that the loss scaler skips for an overflow is not modelled")
     if cfg.parallel.strategy is Strategy.ZERO3 and cfg.hardware.device_type == "cuda" and cfg.world_size > 1:
         out.append(
-            "ZeRO-3: blocks of gathered parameters are free again once they are released, as if the GPU kept up with the "
+            "ZeRO-3: blocks of gathered parameters are free again once released, as if the GPU kept up with the "
             "host; where it is behind, reserved and device_used are higher"
         )
     waits = cfg.parallel.ddp.release_first_bucket
