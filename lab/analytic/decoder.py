@@ -10,14 +10,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from lab.analytic.attention import (
-    AttentionShape,
-    autocast_attention,
-    choose_backend,
-    contiguous,
-    flattened_key,
-    in_heads,
-)
+from lab.analytic.attention import autocast_attention, contiguous, flattened_key, in_heads
+from lab.analytic.attention_shape import AttentionShape, choose_backend
 from lab.analytic.checkpoint import checkpoint
 from lab.analytic.linears import Linears
 from lab.analytic.losses import cross_entropy, cross_entropy_without_upcast, in_place_cross_entropy

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lab.analytic.attention import AttentionShape, flash_splits
+from lab.analytic.attention_fused import flash_splits
+from lab.analytic.attention_shape import AttentionShape
 from lab.analytic.ops import Ops, Parameter
 from lab.analytic.optimizers import clip_gradients
 from lab.analytic.segments import spelled_out

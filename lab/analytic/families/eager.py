@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lab.analytic.attention import AttentionShape, _copy, _matmul, _softmax, repeat_kv
+from lab.analytic.attention_shape import AttentionShape
+from lab.analytic.attention_written_out import contiguous_copy, matmul, repeat_kv, softmax
 from lab.analytic.ops import Ops
 from lab.analytic.tape import BOOL, FP32, INT64, Tensor
 
@@ -38,14 +39,14 @@ def eager_attention(
     weights = ops._unary(weights, "scaled scores", False, "scaled scores gradient")
     weights = ops.add(weights, mask, "masked scores", broadcast=True)
     wide = ops.cast(weights, FP32, "scores, fp32") if ops.amp is not None or not gpt2 else weights
-    soft = _softmax(ops, wide, "attention weights")
+    soft = softmax(ops, wide, "attention weights")
     del wide, weights
     weights = ops.cast(soft, value_size if gpt2 else query_size, "attention weights")
     del soft
     if dropout:
         weights = ops.dropout(weights, "attention dropout")
     out = _heads_product(ops, weights, v, a.q_numel, "attention output", a, whole_x=True)
-    return _copy(ops, out, "attention output"), weights
+    return contiguous_copy(ops, out, "attention output"), weights
 
 
 def _expanded(ops: Ops, x: Tensor, a: AttentionShape, label: str) -> Tensor:
@@ -68,7 +69,7 @@ def _heads_product(
     expanded = a.k == 1 < a.n and y.storage is given
     del given
     if not whole_x and a.b > 1:
-        x = _copy(ops, x, label + " operand")
+        x = contiguous_copy(ops, x, label + " operand")
     if (expanded or a.n == a.k) and a.b > 1:
-        y = _copy(ops, y, label + " operand")
-    return _matmul(ops, x, y, numel, label, grad_copy=numel if whole_x else 0)
+        y = contiguous_copy(ops, y, label + " operand")
+    return matmul(ops, x, y, numel, label, grad_copy=numel if whole_x else 0)

@@ -6,7 +6,7 @@ s sequence length, b micro-batch, h hidden size, a heads, L layers, v vocabulary
 
 from __future__ import annotations
 
-from lab.analytic.attention import AttentionShape, choose_backend
+from lab.analytic.attention_shape import AttentionShape, choose_backend
 from lab.analytic.published.formula import Formula
 from lab.analytic.published.zero import zero_table1
 from lab.config import RunConfig

@@ -1,0 +1,162 @@
+"""Attention as two products and a softmax, which keep squares of the sequence length: eager, and SDPA's math kernel.
+
+Source: lab.model.attention; aten/src/ATen/native/transformers/attention.cpp, _scaled_dot_product_attention_math.
+"""
+
+from __future__ import annotations
+
+from lab.analytic.attention_shape import AttentionShape
+from lab.analytic.ops import Ops
+from lab.analytic.tape import BOOL, FP32, Grads, Tensor
+
+
+def repeat_kv(ops: Ops, x: Tensor, a: AttentionShape, label: str) -> Tensor:
+    """repeat_interleave over heads: a copy; backward sums each group."""
+    kv, size, tape = a.kv_numel, x.itemsize, ops.tape
+    node = tape.node([x], lambda _: [tape.new(kv, size, label + " summed gradient")])
+    y = ops.new(a.q_numel, size, label + " repeated")
+    y.node = node
+    return y
+
+
+def matmul(ops: Ops, x: Tensor, y: Tensor, numel: int, label: str, grad_copy: int = 0) -> Tensor:
+    """Batched product; keeps both; backward: (a contiguous copy of the gradient,) y's gradient, x's gradient."""
+    nx, ny, size, tape = x.numel, y.numel, x.itemsize, ops.tape
+    needs_x, needs_y = x.node is not None, y.node is not None
+
+    def backward(grads: Grads) -> Grads:
+        copy = tape.new(grad_copy, size, label + " gradient, contiguous") if grad_copy else None
+        if copy is not None:
+            grads[0] = copy
+        gy = tape.new(ny, size, label + " gradient") if needs_y else None
+        gx = tape.new(nx, size, label + " gradient") if needs_x else None
+        return [gx, gy]
+
+    # Each is kept for the other's gradient; declared by name: mat2, self.
+    node = tape.node([x, y], backward, [y if needs_x else None, x if needs_y else None])
+    out = ops.kept_or(numel, size, label)
+    out.node = node
+    return out
+
+
+def contiguous_copy(ops: Ops, x: Tensor, label: str) -> Tensor:
+    """A contiguous copy, as matmul makes of transposed operands; the gradient passes through."""
+    y = ops.new(x.numel, x.itemsize, label + " contiguous")
+    y.node = ops.tape.node([x], lambda g: [g[0]])
+    return y
+
+
+def _side_by_side(ops: Ops, x: Tensor, a: AttentionShape, label: str) -> Tensor:
+    """Heads that lie across tokens, [b, s, n, d] in memory, as bmm takes them: [b * n, s, d], a view if b is 1."""
+    return contiguous_copy(ops, x, label) if a.b > 1 else x
+
+
+def softmax(ops: Ops, x: Tensor, label: str) -> Tensor:
+    """Softmax: keeps its output; the CUDA backward first makes grad * output (SoftMax.cu)."""
+    numel, size, tape = x.numel, x.itemsize, ops.tape
+
+    def backward(grads: Grads) -> Grads:
+        g = tape.new(numel, size, label + " gradient")
+        ops.scratch(numel * size, "softmax backward product")
+        return [g]
+
+    node = tape.node([x], backward)
+    y = ops.new(numel, size, label)
+    tape.save(node, y)
+    y.node = node
+    return y
+
+
+def eager(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout: float) -> Tensor:
+    """matmul, scale, mask, fp32 softmax, (dropout,) matmul: four [b, n, s, s] tensors, two of them kept."""
+    size, square = q.itemsize, a.s * a.s
+    grouped = a.n != a.k
+    if grouped:
+        k, v = repeat_kv(ops, k, a, "key"), repeat_kv(ops, v, a, "value")
+    cq = _side_by_side(ops, q, a, "query")
+    ck = k if grouped else _side_by_side(ops, k, a, "key")
+    weights = matmul(ops, cq, ck, a.weights_numel, "attention scores")
+    del cq, ck
+    weights = ops._unary(weights, "scaled scores", False, "scaled scores gradient")
+    causal = ops.new(square, BOOL, "causal mask")
+    lower = ops.new(square, BOOL, "causal mask")
+    causal = lower
+    inverted = ops.new(square, BOOL, "causal mask")
+    node = ops.tape.node([weights], _same(ops, weights, "masked scores gradient"), [inverted])
+    masked = ops.new(weights.numel, size, "masked scores")
+    masked.node = node
+    del inverted
+    weights = masked
+    del masked, node
+    wide = ops.cast(weights, FP32, "scores, fp32")
+    soft = softmax(ops, wide, "attention weights, fp32")
+    del wide
+    narrow = ops.cast(soft, size, "attention weights")
+    del soft
+    weights = narrow
+    del narrow
+    if dropout:
+        weights = ops.dropout(weights, "attention dropout")
+    cv = v if grouped else _side_by_side(ops, v, a, "value")
+    out = matmul(ops, weights, cv, a.q_numel, "attention output", grad_copy=a.q_numel if a.b > 1 else 0)
+    del cv  # then the function's local variables, in their order
+    del k, v
+    del weights
+    del causal, lower
+    return out
+
+
+def _same(ops: Ops, x: Tensor, label: str):  # type: ignore[no-untyped-def]
+    numel, size, tape = x.numel, x.itemsize, ops.tape
+    return lambda _: [tape.new(numel, size, label)]
+
+
+def math(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout: float) -> Tensor:
+    """SDPA's math kernel: everything in fp32, and [b, n, s, s] weights kept.
+
+    Its C++ locals (fp32 q, k and v, repeated k and v, the scaled q, the mask) live until it returns. The mask is added
+    in place, unless a dispatch mode is active (areAnyTensorSubclassLike), as on the CPU.
+    """
+    size, square, tape = q.itemsize, a.s * a.s, ops.tape
+    gpu = tape.trace.on_device_kernels
+    grouped = a.n != a.k
+    q32, k32, v32 = ops.cast(q, FP32, "query, fp32"), ops.cast(k, FP32, "key, fp32"), ops.cast(v, FP32, "value, fp32")
+    scaled_q = ops._unary(q32, "scaled query", False, "query gradient")
+    ones = ops.new(square, BOOL, "causal mask")
+    lower = ops.new(square, BOOL, "causal mask")
+    del ones
+    chosen = [ops.new(1, FP32, "mask values") for _ in range(2 if gpu else 0)]  # 0 where it holds, -inf elsewhere
+    mask = ops.new(square, FP32, "additive causal mask")
+    del chosen, lower
+    held = [q32, k32, v32, scaled_q, mask]
+    del q32, mask
+    if grouped:
+        k32, v32 = repeat_kv(ops, k32, a, "key"), repeat_kv(ops, v32, a, "value")
+        held += [k32, v32]
+    scaled_k = ops._unary(k32, "scaled key", False, "key gradient")
+    cq = _side_by_side(ops, scaled_q, a, "query")
+    ck = scaled_k if grouped else _side_by_side(ops, scaled_k, a, "key")
+    scores = matmul(ops, cq, ck, a.weights_numel, "attention scores")
+    del cq, ck, scaled_k
+    if not gpu:
+        masked = ops.new(a.weights_numel, FP32, "masked scores")
+        masked.node = tape.node([scores], lambda g: [g[0]])
+        scores = masked
+        del masked
+    soft = softmax(ops, scores, "attention weights")
+    if gpu:  # _safe_softmax looks for fully masked rows: a bool per score and one per row
+        masked_scores = ops.new(a.weights_numel, BOOL, "masked scores, bool")
+        row = ops.new(a.weights_numel // a.s, BOOL, "masked rows")
+        ops.scratch(FP32, "mask values")  # the zero that they get
+        del row, masked_scores
+    del scores
+    if dropout:
+        soft = ops.dropout(soft, "attention dropout")
+    returned = ops.new(soft.numel, size, "attention weights, returned") if size != FP32 else None
+    cv = v32 if grouped else _side_by_side(ops, v32, a, "value")
+    out = matmul(ops, soft, cv, a.q_numel, "attention output", grad_copy=a.q_numel if a.b > 1 else 0)
+    del soft, cv
+    out = ops.cast(out, size, "attention output")
+    held.clear()
+    del returned
+    return out
