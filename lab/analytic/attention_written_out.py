@@ -77,7 +77,7 @@ def eager(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout:
     ck = k if grouped else _side_by_side(ops, k, a, "key")
     weights = matmul(ops, cq, ck, a.weights_numel, "attention scores")
     del cq, ck
-    weights = ops._unary(weights, "scaled scores", False, "scaled scores gradient")
+    weights = ops.unary(weights, "scaled scores", False, "scaled scores gradient")
     causal = ops.new(square, BOOL, "causal mask")
     lower = ops.new(square, BOOL, "causal mask")
     causal = lower
@@ -121,7 +121,7 @@ def math(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout: 
     gpu = tape.trace.on_device_kernels
     grouped = a.n != a.k
     q32, k32, v32 = ops.cast(q, FP32, "query, fp32"), ops.cast(k, FP32, "key, fp32"), ops.cast(v, FP32, "value, fp32")
-    scaled_q = ops._unary(q32, "scaled query", False, "query gradient")
+    scaled_q = ops.unary(q32, "scaled query", False, "query gradient")
     ones = ops.new(square, BOOL, "causal mask")
     lower = ops.new(square, BOOL, "causal mask")
     del ones
@@ -133,7 +133,7 @@ def math(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout: 
     if grouped:
         k32, v32 = repeat_kv(ops, k32, a, "key"), repeat_kv(ops, v32, a, "value")
         held += [k32, v32]
-    scaled_k = ops._unary(k32, "scaled key", False, "key gradient")
+    scaled_k = ops.unary(k32, "scaled key", False, "key gradient")
     cq = _side_by_side(ops, scaled_q, a, "query")
     ck = scaled_k if grouped else _side_by_side(ops, scaled_k, a, "key")
     scores = matmul(ops, cq, ck, a.weights_numel, "attention scores")

@@ -36,7 +36,7 @@ def eager_attention(
         repeat = _expanded if a.k == 1 else repeat_kv
         k, v = repeat(ops, k, a, "key"), repeat(ops, v, a, "value")
     weights = _heads_product(ops, q, k, a.weights_numel, "attention scores", a)
-    weights = ops._unary(weights, "scaled scores", False, "scaled scores gradient")
+    weights = ops.unary(weights, "scaled scores", False, "scaled scores gradient")
     weights = ops.add(weights, mask, "masked scores", broadcast=True)
     wide = ops.cast(weights, FP32, "scores, fp32") if ops.amp is not None or not gpt2 else weights
     soft = softmax(ops, wide, "attention weights")

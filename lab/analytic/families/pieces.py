@@ -48,7 +48,7 @@ def rotate_half(ops: Ops, x: Tensor, label: str) -> Tensor:
     """torch.cat((-x2, x1), dim=-1)."""
     half, tape = x.numel // 2, ops.tape
     first, second = _half(ops, x, label), _half(ops, x, label)
-    negated = ops._unary(second, label + " negated half", False, label + " negated half gradient")
+    negated = ops.unary(second, label + " negated half", False, label + " negated half gradient")
 
     def backward(grads: Grads) -> Grads:
         g = grads[0]
@@ -201,7 +201,7 @@ def gelu_new(ops: Ops, x: Tensor) -> Tensor:
         del tripled, power
         return [g]
 
-    half_x = ops._unary(x, label + " half x", False, label + " gradient")
+    half_x = ops.unary(x, label + " half x", False, label + " gradient")
     wide_size = FP32 if ops.amp is not None and tape.trace.on_device_kernels else x.itemsize
     wide = ops.cast(x, wide_size, label + " input, fp32")
     node = tape.node([wide], cube_backward, [wide])
