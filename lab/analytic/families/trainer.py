@@ -13,7 +13,7 @@ from lab.analytic.families.inventory import PREFIX, embedding_module
 from lab.analytic.families.llama import Llama
 from lab.analytic.families.pieces import causal_lm_loss
 from lab.analytic.tape import BOOL, FP32, INT64, Accumulator, Tensor
-from lab.vocab import Checkpointing, Strategy
+from lab.vocab import Checkpointing, MemoryCategory, Strategy
 
 
 class TrainerDecoder(HFDecoder):
@@ -41,6 +41,7 @@ class TrainerDecoder(HFDecoder):
 
         def hold() -> None:
             assert accumulator.grad is not None
+            accumulator.grad.storage.move(MemoryCategory.ACTIVATIONS)  # no parameter's
             tape.held_by_graph += [x, accumulator.grad]
             accumulator.grad = accumulator.on_grad = None
 
