@@ -94,15 +94,15 @@ class Outer:
     category: MemoryCategory | None
 
 
+Instruction = Play | Hook | Pass | Gradient | Hold | Outer
+
+
 @dataclass(slots=True)
-class Round:
-    """Events, the block's and those of hooks between them, and the hooks (``lab.analytic.layer_rounds``)."""
+class Rounds:
+    """A block's pass with what its hooks do to memory among its events, and the hooks (``lab.analytic.layer_rounds``)."""
 
-    segment: Segment
+    steps: list[Instruction]
     hooks: list[Hook | Pass]
-
-
-Instruction = Play | Hook | Pass | Gradient | Hold | Outer | Round
 
 
 @dataclass
@@ -123,7 +123,7 @@ class Recording:
     attributes: list[Value | None] = field(default_factory=list)  # kept to the graph's end; None: the block's input
     needed_workspaces: set[str] = field(default_factory=set)
     gradients: list[tuple[str, Value]] = field(default_factory=list)  # of parameters, as they are when they are there
-    rounds: dict[str, list[Instruction] | None] = field(default_factory=dict)  # see lab.analytic.layer_rounds
+    rounds: dict[str, Rounds | None] = field(default_factory=dict)  # see lab.analytic.layer_rounds
     merged: dict[str, list[Instruction]] = field(default_factory=dict)  # see lab.analytic.layer_merging
 
 

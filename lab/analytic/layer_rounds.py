@@ -1,15 +1,15 @@
 """A recorded block's hooks with the events that they make, kept for where they make the same ones again.
 
 Where a strategy says that the hooks inside a block will do to memory what they did before (``Rule.hooks_repeat``), the
-events of a run of hooks and of the block's own between them are one segment. The hooks are called all the same, for
-what else they keep account of, while the strategy leaves memory alone (``Rule.replay_memory``).
+events of a run of hooks and of the block's own between them are one segment. What else the hooks keep account of, the
+strategy does for all of them when the pass is over (``Rule.count_hooks``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from lab.analytic.layer_instructions import Hook, Instruction, Pass, Play, Round
+from lab.analytic.layer_instructions import Hook, Instruction, Pass, Play, Rounds
 from lab.analytic.segments import Segment, spelled_out
 from lab.analytic.tape import ALLOC, FREE, Event, Trace
 
@@ -27,7 +27,7 @@ class RoundRecorder:
         self.numbers: dict[int, int] = {}  # of storages that hooks made
         self.alive: set[int] = set()
         self.possible = True
-        self.out: list[Instruction] = []
+        self.out = Rounds([], [])
 
     def listen(self, instructions: Sequence[Instruction], run: Callable[[Sequence[Instruction]], None]) -> None:
         """Carry the instructions out with ``run``."""
@@ -40,16 +40,16 @@ class RoundRecorder:
                 run([step])
                 continue
             if group:
-                hooks = [s for s in group if not isinstance(s, Play)]
-                events = self._renumbered(begin)
-                self.out += [Round(Segment(events, self.module), hooks)] if events else hooks
+                self.out.hooks += [s for s in group if not isinstance(s, Play)]
+                if events := self._renumbered(begin):
+                    self.out.steps.append(Play(Segment(events, self.module)))
                 group = []
             if step is not None:
-                self.out.append(step)
+                self.out.steps.append(step)
                 run([step])
 
     @property
-    def rounds(self) -> list[Instruction] | None:
+    def rounds(self) -> Rounds | None:
         return self.out if self.possible and not self.alive else None
 
     def _renumbered(self, begin: int) -> list[Event]:

@@ -26,7 +26,6 @@ from lab.analytic.layer_instructions import (
     Pass,
     Play,
     Recording,
-    Round,
     Unrecordable,
     Value,
 )
@@ -181,7 +180,7 @@ class Layers:
     def _place(self, instructions: Sequence[Instruction]) -> None:
         """Their segments into the trace."""
         for step in instructions:
-            if isinstance(step, Play | Round):
+            if isinstance(step, Play):
                 step.segment.put(self.trace)
 
     def _backward(self, layer: _Layer, grads: Grads) -> Grads:
@@ -240,12 +239,11 @@ class Layers:
             recording.merged[arrival] = merged_backward(recording, arrival)
             self._place(recording.merged[arrival])
         self._run_with_hooks(layer, recording.merged[arrival], None, arrival)
-        for name, value in recording.gradients:
-            accumulator = members[name].accumulator
-            if arrival is FIRST:
-                accumulator.grad = self._adopt(value, layer)
-            if self.told and accumulator.on_grad is not None:
-                accumulator.on_grad()
+        if arrival is FIRST:
+            for name, value in recording.gradients:
+                members[name].accumulator.grad = self._adopt(value, layer)
+        if self.told:
+            self.rule.grads_ready([members[name] for name, _ in recording.gradients])
 
     def _run_with_hooks(self, layer: _Layer, steps: Sequence[Instruction], x: Tensor | None, key: str) -> None:
         """Hooks and events between them as rounds, once some are kept and as long as they repeat.
@@ -261,13 +259,12 @@ class Layers:
             recorder = RoundRecorder(self.trace, layer.module, layer.first, own, spare, self.num_hook_storages)
             recorder.listen(steps, lambda part: self._run(layer, part, x))
             kept = recording.rounds[key] = recorder.rounds if rule.hooks_repeat(block) else None
-            self._place(kept or ())
+            self._place(kept.steps if kept else ())
         elif (rounds := recording.rounds[key]) is None:
             self._run(layer, steps, x)
         else:
-            rule.replay_memory(True)
-            self._run(layer, rounds, x)
-            rule.replay_memory(False)
+            self._run(layer, rounds.steps, x)
+            rule.count_hooks(layer.module, rounds.hooks)
 
     def _run(self, layer: _Layer, instructions: Sequence[Instruction], x: Tensor | None) -> None:
         play, first, module, rule = self.trace.events.append, layer.first, layer.module, self.rule
@@ -282,9 +279,6 @@ class Layers:
                     rule.after_forward(module + step.module)
             elif isinstance(step, Play):
                 play((SEGMENT, first, step.segment.place, module, "", 0))
-            elif isinstance(step, Round):
-                play((SEGMENT, first, step.segment.place, module, "", 0))
-                self._run(layer, step.hooks, None)
             elif isinstance(step, Gradient):
                 run = members[step.parameter].accumulator.backward
                 assert run is not None

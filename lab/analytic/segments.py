@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 from lab.analytic.tape import ALLOC, FREE, MOVE, SEGMENT, Event, Storage, Trace, aligned
 
@@ -29,6 +30,8 @@ class Segment:
 
     def play(self, trace: Trace, first: int, module: str) -> None:
         """Once more, in ``trace``, by ``module``, with storages from ``first`` on."""
+        if not self.events:
+            return
         event: Event = (SEGMENT, first, self.put(trace), module, "", 0)
         if trace.shorthand:
             trace.events.append(event)
@@ -113,25 +116,39 @@ class Together:
         trace.events.append((SEGMENT, storages[0].id, segment.put(trace), self.module, "", 0))
 
 
-class Passing:
-    """A segment that gives back all that it takes, of ``num_storages``."""
+class Repeated:
+    """What ``run`` does to a trace like ``of``, in ``module``: a segment, to be played again by others like it.
 
-    def __init__(self, segment: Segment, num_storages: int) -> None:
-        self.segment, self.num_storages = segment, num_storages
+    ``run`` returns what it has allocated and may be given back later, all at once and the last first.
+    """
 
-    def play(self, trace: Trace, module: str = "") -> None:
+    def __init__(self, of: Trace, run: Callable[[Trace], list[Event]], module: str = "") -> None:
+        trace = Trace(of.alignment, of.on_device_kernels)
+        kept = run(trace)
+        self.done, self.num_storages = Segment(trace.events, module), trace.next_id
+        trace.events = []
+        for event in reversed(kept):
+            trace.free(event)
+        self.given_back = Segment(trace.events, module)
+
+    def play(self, trace: Trace, module: str = "") -> Played:
         """Once more, in ``trace``, by ``module``."""
         first = trace.next_id
         trace.next_id = first + self.num_storages
-        self.segment.play(trace, first, module)
+        self.done.play(trace, first, module)
+        return Played(self, first, module)
 
 
-def recorded(of: Trace, run: Callable[[Trace], None], module: str = "") -> Passing:
-    """What ``run`` does, in ``module``, to a trace like ``of``, on which it leaves nothing."""
-    trace = Trace(of.alignment, of.on_device_kernels)
-    run(trace)
-    assert sum(event[0] == ALLOC for event in trace.events) == sum(event[0] == FREE for event in trace.events)
-    return Passing(Segment(trace.events, module), trace.next_id)
+class Played(NamedTuple):
+    """One time that it was played."""
+
+    what: Repeated
+    first: int  # of its storages
+    module: str
+
+    def give_back(self, trace: Trace) -> None:
+        """All that it has left."""
+        self.what.given_back.play(trace, self.first, self.module)
 
 
 def _changes(events: Sequence[Event]) -> tuple[tuple[str, int], ...]:

@@ -8,7 +8,7 @@ import pytest
 
 from lab.analytic import predict
 from lab.analytic.decoder import Decoder
-from lab.analytic.layer_instructions import Hook, Instruction, Round
+from lab.analytic.layer_instructions import Hook, Instruction, Play, Rounds
 from lab.analytic.layer_rounds import RoundRecorder
 from lab.analytic.layers import repeat_layers, replay_steps
 from lab.analytic.segments import Pairs, Together, spelled_out
@@ -204,7 +204,7 @@ def test_rounds_of_hooks_are_kept_only_where_they_leave_nothing_behind() -> None
     trace = Trace()
     outside = trace.allocate(1, MemoryCategory.TEMPORARIES, "outside")
 
-    def rounds(*extra: Event) -> list[Instruction] | None:
+    def rounds(*extra: Event) -> Rounds | None:
         recorder = RoundRecorder(trace, "blocks.0", 100, 10, 74, 2)
 
         def run(_: Sequence[Instruction]) -> None:
@@ -216,8 +216,9 @@ def test_rounds_of_hooks_are_kept_only_where_they_leave_nothing_behind() -> None
 
     kept = rounds()
     assert kept is not None
-    assert isinstance(kept[0], Round)
-    assert [e[:2] for e in kept[0].segment.events] == [(ALLOC, 74), (FREE, 74)]
+    assert kept.hooks == [Hook(".mlp", True, True)]
+    assert isinstance(kept.steps[0], Play)
+    assert [e[:2] for e in kept.steps[0].segment.events] == [(ALLOC, 74), (FREE, 74)]
     assert rounds((FREE, *outside[1:])) is None
     assert rounds((ALLOC, 1000, *outside[2:])) is None
     assert rounds(*[(kind, 1000 + i, *outside[2:]) for i in range(2) for kind in (ALLOC, FREE)]) is None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 from lab.analytic.architecture import ParameterSpec
 from lab.analytic.dora import MAGNITUDE
+from lab.analytic.layer_instructions import Hook, Pass
 from lab.analytic.make_optimizer import make_optimizer
 from lab.analytic.ops import Parameter, Quantized
 from lab.analytic.optimizers import Shape, clip_gradients
@@ -174,8 +176,8 @@ class Rule:
         """
         return False
 
-    def replay_memory(self, replayed: bool) -> None:
-        """Hooks keep their accounts and leave memory alone from now on, or no longer."""
+    def count_hooks(self, block: str, hooks: Sequence[Hook | Pass]) -> None:
+        """What hooks inside a block's pass keep account of, in order; what they do to memory has been replayed."""
         raise NotImplementedError
 
     # -- gradients -------------------------------------------------------------------------------
@@ -188,6 +190,12 @@ class Rule:
         return KEPT
 
     def grad_ready(self, spec: ParameterSpec, parameter: Parameter) -> None: ...
+
+    def grads_ready(self, parameters: Sequence[Parameter]) -> None:
+        """``grad_ready`` of each, where it is quiet (``quiet_gradients``); PASSED_ON ones are given up already."""
+        for parameter in parameters:
+            if parameter.accumulator.on_grad is not None:
+                parameter.accumulator.on_grad()
 
 
 class DeepSpeedRule(Rule):

@@ -29,13 +29,18 @@ host runs ahead of the GPU, differs between the ranks of one run, and only *rese
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+from functools import partial
+
 from lab.analytic.architecture import ParameterSpec, tied_modules
+from lab.analytic.layer_instructions import Hook, Pass
 from lab.analytic.ops import Parameter
+from lab.analytic.segments import Played, Repeated
 from lab.analytic.sharding.base import KEPT, PARAMETERS, PASSED_ON, DeepSpeedRule
 from lab.analytic.sharding.zero3_fetch import Coordinator
 from lab.analytic.sharding.zero3_gather import Gatherer, Sharded
 from lab.analytic.sharding.zero3_states import ShardedStates
-from lab.analytic.tape import FP32, Event, Grads, Node, Tape, Tensor
+from lab.analytic.tape import FP32, Event, Grads, Node, Tape, Tensor, Trace
 from lab.config import RunConfig
 
 BASE = ".base_layer"  # peft's name for the module that an adapted one stands around
@@ -65,9 +70,10 @@ class Zero3(DeepSpeedRule):
 
     def build(self) -> None:
         """zero.Init cuts the parameters unit by unit; DeepSpeed then flattens the shards."""
-        shards: list[Event] = []
+        shards: list[Played] = []
+        kinds: dict[Hashable, Repeated] = {}
         for unit in self.units():
-            shards += self._partition_unit(unit)
+            shards.append(self._partition_unit(unit, kinds))
             self.of_unit.append([self.sharded[spec.name] for spec in unit])
             self.trained_numel.append(sum(spec.numel for spec in unit if spec.trainable))
         ordered = [self.sharded[spec.name] for spec in self.trained]  # the others keep the shards that zero.Init made
@@ -80,8 +86,7 @@ class Zero3(DeepSpeedRule):
             head, embedding = tied_modules(self.cfg.model)
             members[head] = members[embedding]
         self.coordinator = Coordinator(self.gatherer, self.options, members)
-        for p in ordered:  # create_reduce_and_remove_grad_hooks gathers each for a moment
-            self.gatherer.visit(p)
+        self.gatherer.visit(ordered)  # create_reduce_and_remove_grad_hooks gathers each for a moment
 
     def _module(self, name: str) -> str:
         """The module that owns a parameter: around an adapted Linear's own there is peft's, as ``base_layer``."""
@@ -95,11 +100,27 @@ class Zero3(DeepSpeedRule):
             units[spec.unit].append(spec)
         return list(units.values())
 
-    def _partition_unit(self, specs: list[ParameterSpec]) -> list[Event]:
-        """materialise draws every parameter in fp32 and casts it; zero.Init cuts one after the other."""
-        trace, size = self.tape.trace, self.parameter_itemsize
-        whole: list[Event] = []
+    def _partition_unit(self, specs: list[ParameterSpec], kinds: dict[Hashable, Repeated]) -> Played:
+        """zero.Init cuts one parameter after the other; the shards that it leaves. Units of one kind do the same."""
+        trace, size, world = self.tape.trace, self.parameter_itemsize, self.world
+        largest_persistent = self.options.stage3_param_persistence_threshold
+        before, found, _ = specs[0].name.partition(f".{specs[0].unit}.")
+        block = f"{before}.{specs[0].unit}" if found else ""
+        kind = tuple([(s.name.removeprefix(block), s.numel, s.trainable) for s in specs])
+        if kind not in kinds:
+            kinds[kind] = Repeated(trace, partial(self._cut, specs), block)
+        shards = kinds[kind].play(trace, block)
         empty = self.tape.new(0, 1, "").storage
+        for spec in specs:
+            parameter = self.add_parameter(spec, Tensor(empty, spec.numel, size))
+            persist = spec.numel <= largest_persistent
+            self.sharded[spec.name] = Sharded(parameter, len(self.sharded), -(-spec.numel // world), persist, block)
+        return shards
+
+    def _cut(self, specs: list[ParameterSpec], trace: Trace) -> list[Event]:
+        """materialise draws each in fp32 and casts it; then zero.Init. Returns the shards that DeepSpeed drops later."""
+        size = self.parameter_itemsize
+        whole: list[Event] = []
         for spec in specs:
             drawn = trace.allocate(spec.numel * FP32, PARAMETERS, spec.name)
             if size != FP32:
@@ -114,9 +135,6 @@ class Zero3(DeepSpeedRule):
             if spec.trainable:  # else no optimizer knows it, and it stays for good
                 shards.append(shard)
             trace.free(drawn)
-            parameter = self.add_parameter(spec, Tensor(empty, spec.numel, size))
-            persist = spec.numel <= self.options.stage3_param_persistence_threshold
-            self.sharded[spec.name] = Sharded(parameter, len(self.sharded), shard_numel, persist)
         return shards
 
     # -- hooks -----------------------------------------------------------------------------------
@@ -156,9 +174,14 @@ class Zero3(DeepSpeedRule):
 
     def after_forward(self, module: str) -> None:
         self.coordinator.release(module, forward=True)
-        if module.endswith(BASE):  # then peft's module asks for lora_A.weight's type
-            adapted = module.removesuffix(BASE)
-            self.coordinator.read_outside(adapted, self.sharded[f"{adapted}.lora_A.weight"])
+        if module.endswith(BASE) and (missing := self._read_around(module)):
+            self.gatherer.all_gather([missing])
+
+    def _read_around(self, base: str) -> Sharded | None:
+        """Then peft's module asks for lora_A.weight's type; the parameter, if it was not its own before."""
+        adapted = base.removesuffix(BASE)
+        read = self.sharded[f"{adapted}.lora_A.weight"]
+        return read if self.coordinator.read_outside(adapted, read) else None
 
     def before_backward(self, module: str) -> None:
         self.coordinator.fetch(module, forward=False)
@@ -171,8 +194,22 @@ class Zero3(DeepSpeedRule):
     def hooks_repeat(self, block: int) -> bool:
         return self.coordinator.untouched(self.of_unit[block])
 
-    def replay_memory(self, replayed: bool) -> None:
-        self.coordinator.memory_is_replayed = replayed
+    def count_hooks(self, block: str, hooks: Sequence[Hook | Pass]) -> None:
+        coordinator, remaining = self.coordinator, self.grads_remaining
+        for hook in hooks:
+            module = block + hook.module
+            if isinstance(hook, Pass):
+                if not hook.entering:
+                    coordinator.count_fetch(module, forward=False)
+                else:
+                    remaining[module] -= 1
+                    if not remaining[module]:
+                        coordinator.count_release(module)
+            elif hook.entering:
+                coordinator.count_fetch(module, forward=True)
+                remaining[module] = 1 if hook.needs_gradient else 0
+            elif module.endswith(BASE):
+                self._read_around(module)
 
     def quiet_gradients(self, block: int) -> str | None:
         reducer = self.states.reducer
@@ -182,6 +219,9 @@ class Zero3(DeepSpeedRule):
 
     def grad_ready(self, spec: ParameterSpec, parameter: Parameter) -> None:
         self.states.reducer.add(self.sharded[spec.name])
+
+    def grads_ready(self, parameters: Sequence[Parameter]) -> None:
+        self.states.reducer.add_quietly([self.sharded[p.name] for p in parameters])
 
     def finish_backward(self) -> None:
         """engine._backward_epilogue, after every micro-step."""

@@ -62,7 +62,6 @@ class Coordinator:
         self.trace_mode = "invalid"  # then "record", then "complete"
         self.submodules: list[Module] = []
         self.param_order: list[tuple[Sharded, int]] = []
-        self.memory_is_replayed = False
         self.place = 0  # in that order: what is before it has been taken off the queue
         self.num_available = 0  # elements
         self.step_id = 0
@@ -89,17 +88,17 @@ class Coordinator:
             return False
         return all(p.status is NOT_AVAILABLE and not p.active for p in params)
 
-    def read_outside(self, name: str, p: Sharded) -> None:
-        """Module ``name`` reads a parameter of another one, which is not there at first: from now on it is its own too.
+    def read_outside(self, name: str, p: Sharded) -> bool:
+        """Module ``name`` reads a parameter of another one: from now on it is its own too. Is it to be gathered?
 
-        parameter_offload.py, ZeROOrderedDict.__getitem__: gathers it at once and registers it.
+        parameter_offload.py, ZeROOrderedDict.__getitem__: gathers it at once, the first time, and registers it.
         """
         module = self.modules[name]
-        if p not in module.params:
-            assert p.status is NOT_AVAILABLE
-            module.add(p)
-            if not self.memory_is_replayed:
-                self.gatherer.all_gather([p])
+        if p in module.params:
+            return False
+        assert p.status is NOT_AVAILABLE
+        module.add(p)
+        return True
 
     # -- fetch -----------------------------------------------------------------------------------
 
@@ -111,7 +110,7 @@ class Coordinator:
         assert self.submodules[self.step_id] is module, "DeepSpeed would drop its trace and record again"
         if not forward:
             self.backward_modules[module] = None
-        params = () if self.memory_is_replayed else module.params
+        params = module.params
         if params:
             self._gather(name, params)
             if forward and self.backward_modules:  # which is empty outside backward
@@ -121,6 +120,14 @@ class Coordinator:
                 self._forget(params)
             self._prefetch()
         self.step_id += 1
+
+    def count_fetch(self, name: str, forward: bool) -> None:
+        """The module's place in the order that is being recorded; what it gathers has been replayed."""
+        module = self.modules[name]
+        self.submodules.append(module)
+        self.step_id += 1
+        if not forward:
+            self.backward_modules[module] = None
 
     def _gather(self, module: str, params: Sequence[Sharded]) -> None:
         gatherer = self.gatherer
@@ -183,13 +190,19 @@ class Coordinator:
         if not forward:
             self.backward_modules.pop(module, None)
         recomputed = [] if forward else module.take_recomputed()
-        if self.memory_is_replayed or not (module.params or recomputed):
+        if not (module.params or recomputed):
             return
         free = self._params_to_release(module) if self.trace_mode == "complete" else module.params
         for p in (*module.params, *recomputed):
             p.active.discard(name)
             if p in free or (p in recomputed and not p.persist):
                 self._release(p)
+
+    def count_release(self, name: str) -> None:
+        """A module's backward is over; what it releases has been replayed."""
+        module = self.modules[name]
+        self.backward_modules.pop(module, None)
+        module.recomputed.clear()
 
     def _params_to_release(self, module: Module) -> list[Sharded]:
         """Decided once per module and place in the order, in the first pass over the complete trace (lru_cache)."""

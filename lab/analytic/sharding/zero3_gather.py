@@ -12,10 +12,14 @@ N = world_size, e = bytes per parameter element, shard = ceil(numel / N).
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
+from functools import partial
+from itertools import groupby
 from operator import attrgetter
 
 from lab.analytic.ops import Parameter
-from lab.analytic.tape import Storage, Tape, Tensor
+from lab.analytic.segments import Repeated
+from lab.analytic.tape import Event, Storage, Tape, Tensor, Trace
 from lab.vocab import MemoryCategory
 
 GATHERED, COMM = MemoryCategory.GATHERED_PARAMETERS, MemoryCategory.COMM_BUFFERS
@@ -24,15 +28,31 @@ NEVER = -(10**10)
 
 
 class Sharded:
-    """One parameter: ``index`` is ds_id, ``shard_numel`` the padded share of a rank (partition_numel)."""
+    """One parameter: ``index`` is ds_id, ``shard_numel`` the padded share of a rank (partition_numel).
+
+    ``block``: the module that is repeated from layer to layer and holds it; "" for the root's.
+    """
 
     __slots__ = (
-        *("absent", "active", "fetched_for", "index", "itemsize", "label", "name", "numel", "parameter", "persist"),
+        *(
+            "absent",
+            "active",
+            "block",
+            "fetched_for",
+            "index",
+            "itemsize",
+            "label",
+            "name",
+            "numel",
+            "parameter",
+            "persist",
+        ),
         *("shard_numel", "status", "uses"),
     )
 
-    def __init__(self, parameter: Parameter, index: int, shard_numel: int, persist: bool) -> None:
+    def __init__(self, parameter: Parameter, index: int, shard_numel: int, persist: bool, block: str = "") -> None:
         self.parameter, self.index, self.shard_numel, self.persist = parameter, index, shard_numel, persist
+        self.block = block
         self.name, self.numel, self.itemsize = parameter.name, parameter.numel, parameter.tensor.itemsize
         self.label = f"gathered {parameter.name}"
         self.absent = parameter.tensor  # as it is now: empty
@@ -42,7 +62,12 @@ class Sharded:
         self.uses: list[int] = []  # the places in the order of modules that use it
 
 
-_index = attrgetter("index")
+_index, _block = attrgetter("index"), attrgetter("block")
+
+
+def by_block(params: Iterable[Sharded]) -> list[list[Sharded]]:
+    """The same, cut where a block begins or ends."""
+    return [list(group) for _, group in groupby(params, key=_block)]
 
 
 class Handle:
@@ -66,11 +91,22 @@ class Gatherer:
         nbytes = (p.shard_numel * self.world if padded else p.numel) * p.itemsize
         p.parameter.tensor = Tensor(Storage(self.tape.trace, nbytes, GATHERED, p.label), p.numel, p.itemsize)
 
-    def visit(self, p: Sharded) -> None:
-        """Gathered by itself and given up at once."""
-        if self.world > 1:
-            trace = self.tape.trace
+    def visit(self, params: Iterable[Sharded]) -> None:
+        """Each gathered by itself and given up at once; blocks that are alike do the same."""
+        if self.world == 1:
+            return
+        trace, kinds = self.tape.trace, dict[Hashable, Repeated]()
+        for group in by_block(params):
+            block = group[0].block
+            kind = tuple([(p.name[len(block) :], p.shard_numel) for p in group])
+            if kind not in kinds:
+                kinds[kind] = Repeated(trace, partial(self._visit, group), block)
+            kinds[kind].play(trace, block)
+
+    def _visit(self, params: Iterable[Sharded], trace: Trace) -> list[Event]:
+        for p in params:
             trace.free(trace.allocate(p.shard_numel * self.world * p.itemsize, GATHERED, p.label))
+        return []
 
     def all_gather(self, params: list[Sharded]) -> None:
         """Blocking (Init._all_gather), on the current stream: one padded buffer per parameter, which it becomes."""

@@ -48,6 +48,11 @@ class Reducer:
         self.waiting.append(p)
         self.numel += p.numel
 
+    def add_quietly(self, params: list[Sharded]) -> None:
+        """``add`` of each where all fit: a gradient in the bucket is a view of it, which nobody asks for."""
+        self.waiting += params
+        self.numel += sum([p.numel for p in params])
+
     @property
     def stream(self) -> int:
         """reduce_and_partition_stream."""

@@ -5,12 +5,13 @@ Source: DeepSpeed 0.19.8, runtime/zero/stage3.py (class and attribute names belo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 from lab.analytic.optimizers import Optimizer
 from lab.analytic.reduce import norm_workspace_bytes
-from lab.analytic.segments import Passing, recorded
-from lab.analytic.sharding.zero3_gather import Sharded
+from lab.analytic.segments import Played, Repeated
+from lab.analytic.sharding.zero3_gather import Sharded, by_block
 from lab.analytic.sharding.zero3_reduce import Reducer
 from lab.analytic.tape import BOOL, FP32, Event, Tape, Tensor, Trace
 from lab.config import RunConfig
@@ -39,10 +40,10 @@ def sub_groups(params: list[Sharded], size: int) -> list[list[Sharded]]:
     return groups
 
 
-def _drop(trace: Trace, shards: list[Event]) -> None:
+def _drop(trace: Trace, shards: list[Played]) -> None:
     """list.clear(): the last goes first."""
     while shards:
-        trace.free(shards.pop())
+        shards.pop().give_back(trace)
 
 
 class ShardedStates:
@@ -58,7 +59,7 @@ class ShardedStates:
         rank: int,
         params: list[Sharded],
         sizes: tuple[int, int],
-        shards: list[Event],
+        shards: list[Played],
         optimizer: Optimizer,
     ) -> None:
         self.cfg, self.tape, self.size, self.master_size = cfg, tape, *sizes
@@ -74,7 +75,8 @@ class ShardedStates:
         self.groups = sub_groups(params, options.sub_group_size)
         self.optimizer = optimizer
         self.masters: list[Tensor] = []
-        self.norms: list[Passing] = []  # by sub-group: what its gradient norm allocates for a moment
+        self.blocks = [[tuple(p.shard_numel for p in block) for block in by_block(group)] for group in self.groups]
+        self.norms: dict[tuple[int, ...], Repeated] = {}  # by shards of a block: what their norms take for a moment
         converted: Tensor | None = None  # one sub-group's lives until the next one's is there
         for group in self.groups:
             if master != size:
@@ -124,24 +126,28 @@ class ShardedStates:
 
     def _norms(self) -> list[Tensor]:
         """get_grad_norm_direct per sub-group, with or without clipping: a gradient shard in fp64 at a time."""
+        trace = self.tape.trace
         groups: list[Tensor] = []
-        for index, group in enumerate(self.groups):
-            if index == len(self.norms):
-                self.norms.append(recorded(self.tape.trace, partial(self._norms_of, group)))
-            self.norms[index].play(self.tape.trace)
+        for blocks in self.blocks:
+            norms: list[Played] = []
+            for shards in blocks:
+                if shards not in self.norms:
+                    self.norms[shards] = Repeated(trace, partial(self._norms_of, shards))
+                norms.append(self.norms[shards].play(trace))
+            _drop(trace, norms)
             groups.append(self.tape.new(1, FP64, "sub-group norm"))
         return groups
 
-    def _norms_of(self, group: list[Sharded], trace: Trace) -> None:
+    def _norms_of(self, shards: Iterable[int], trace: Trace) -> list[Event]:
+        """Of shards of so many elements each; what is left are the norms."""
         norms: list[Event] = []
-        for p in group:
-            wide = trace.allocate(p.shard_numel * FP64, TEMPORARIES, "gradient shard, fp64")
+        for numel in shards:
+            wide = trace.allocate(numel * FP64, TEMPORARIES, "gradient shard, fp64")
             norms.append(trace.allocate(FP64, TEMPORARIES, "gradient norm"))
-            sums = norm_workspace_bytes(p.shard_numel, self.cfg.hardware.num_streaming_multiprocessors)
+            sums = norm_workspace_bytes(numel, self.cfg.hardware.num_streaming_multiprocessors)
             if sums and trace.on_device_kernels:
                 partial_sums = trace.allocate(sums, TEMPORARIES, "norm, partial sums")
                 trace.free(trace.allocate(FP32, TEMPORARIES, "norm, semaphore"))
                 trace.free(partial_sums)
             trace.free(wide)
-        for norm in reversed(norms):  # as a list lets go of them
-            trace.free(norm)
+        return norms
