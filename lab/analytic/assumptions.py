@@ -53,6 +53,10 @@ def assumptions(cfg: RunConfig, managed_bytes: int = 0) -> list[str]:
     out += _hf(cfg)
     if cfg.engine.kind == "hf_trainer":
         out.append("Trainer: sequences of one length without padding; nothing is evaluated or saved between steps")
+        if cfg.quantization.kind != "none":
+            out.append(
+                "Trainer: from_pretrained quantized the weights as it loaded them onto the GPU, then came the adapters"
+            )
     if cfg.train.compile:
         out.append("train.compile=true: memory of compiled graphs is not modelled; this is the eager prediction")
     return out

@@ -156,6 +156,7 @@ SOURCES: tuple[Source, ...] = (
     _rule("loss|loss gradient|total weight|loss sum.*", HEAD, "scalar", "1", _DERIVATIVES, 4),
     _rule("loss over items.*", HEAD, "scalar", "1", "transformers loss/loss_utils.py", 4),
     _rule("number of items|summed loss", HEAD, "scalar of the Trainer's loop", "1", "transformers trainer.py", 4),
+    _rule("allocator's warm-up", NAMED, "bytes of all weights", "", "transformers modeling_utils.py"),
     _rule("labels that count(, int64)?", HEAD, "labels != -100", "b * (s - 1)", "transformers trainer.py"),
     _rule("attention mask, (bool|int64)", EMBEDDING, "mask without padding", "b * s", "transformers masking_utils.py"),
     _rule("mask without padding|sum of the mask", EMBEDDING, "is it?", "1", "transformers masking_utils.py"),

@@ -7,12 +7,15 @@ and never again (distributed.py, _ddp_init_helper; reducer.hpp, should_rebuild_b
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from lab.analytic.architecture import ParameterSpec
 from lab.analytic.dora import MAGNITUDE
 from lab.analytic.ops import Quantized
 from lab.analytic.optimizers import clip_gradients
 from lab.analytic.sharding.accelerate import AccelerateDDP, AccelerateSingle
 from lab.analytic.sharding.base import PARAMETERS, Rule
+from lab.analytic.sharding.from_pretrained import Stored, from_pretrained
 from lab.analytic.sharding.zero import Zero1, Zero2
 from lab.analytic.sharding.zero3 import Zero3
 from lab.analytic.tape import Tensor
@@ -23,13 +26,22 @@ class _Clipped(Rule):
     """_clip_grad_norm (with max_grad_norm 0 the same with an infinite one, for the log), then the step."""
 
     grad_norm: Tensor | None = None
+    loaded: Stored | None = None
+
+    @cached_property
+    def _loads_quantized(self) -> bool:
+        quantized = any(s.quantized for s in self.specs)
+        return quantized and self.tape.trace.on_device_kernels and self.cfg.adapter.kind != "dora"
 
     @property
     def autocast(self) -> bool:
         return super().autocast or self.cfg.engine.autocast
 
     def materialise(self, spec: ParameterSpec) -> tuple[Tensor, Quantized | None]:
-        """The weights come from the host as they are."""
+        """The weights come from the host as they are, quantized ones through ``from_pretrained``."""
+        if self._loads_quantized:
+            self.loaded = self.loaded or from_pretrained(self)
+            return self.loaded.pop(spec.name)
         if spec.quantized:
             return super().materialise(spec)
         return self.tape.new(spec.numel, self.itemsize_of(spec), spec.name, PARAMETERS), None
