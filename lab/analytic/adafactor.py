@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lab.analytic.optimizers import STATES, Optimizer, Shape
+from lab.analytic.optimizers import STATES, Optimizer, Shape, foreach_types
 from lab.analytic.reduce import column_partials, norm_workspace_bytes
 from lab.analytic.tape import FP32, Tape, Tensor
 from lab.config import OptimizerConfig
@@ -72,11 +72,16 @@ class Adafactor(Optimizer):
         del row_mean, col_mean, grad_squared, estimate, update
 
     def _multi_tensor(self, params: Sequence[_Updated]) -> None:
-        """_multi_tensor_adafactor: matrices and vectors in two groups, that of the first parameter first."""
-        kinds = dict.fromkeys(p.is_matrix for p in params)
+        """_multi_tensor_adafactor: one group after the other.
+
+        _group_tensors_by_device_dtype_and_is_multidim: type by type, and each type's matrices and vectors, whichever
+        comes first.
+        """
+        sizes = foreach_types([p.itemsize for p in params])
+        kinds = dict.fromkeys((size, p.is_matrix) for size in sizes for p in params if p.itemsize == size)
         updates: list[Tensor] = []
-        for matrices in kinds:
-            group = [p for p in params if p.is_matrix == matrices]
+        for size, matrices in kinds:
+            group = [p for p in params if p.itemsize == size and p.is_matrix == matrices]
             for p in group:
                 self._norm(p)
             if matrices:

@@ -226,7 +226,7 @@ class Decoder:
         ops, hidden = self.ops, self.cfg.model.hidden_size
         size = -(-self.rows // self.cfg.loss.num_chunks)
         counts = [min(size, self.rows - start) for start in range(0, self.rows, size)]
-        total = ops.new(1, x.itemsize, "loss sum")
+        total = ops.new(1, FP32, "loss sum")
         split = ops.split(x, [c * hidden for c in counts], "chunk gradients")
         for chunk, count in zip(split, counts, strict=True):
             part = checkpoint(ops, partial(self._head_loss, rows=count, keep_logits=True), chunk, selective=False)

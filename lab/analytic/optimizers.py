@@ -6,7 +6,7 @@ torch/optim/adamw.py and sgd.py (2.11 and 2.13): state is made at the first step
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lab.analytic.tape import FP32, Tape, Tensor
 from lab.config import OptimizerConfig
@@ -36,6 +36,15 @@ class Optimizer(ABC):
         params: (elements, element size) of every tensor with a gradient, in order; shapes: theirs, None for vectors
         (ZeRO's flat partitions). Calls with another ``group`` are steps over other tensors: ZeRO-3's sub-groups.
         """
+
+
+def foreach_types(sizes: Sequence[int]) -> list[int]:
+    """Element sizes of tensors -> those of foreach's groups, one type each, in the order in which they are stepped.
+
+    The type that is seen last comes first: an unordered_map, where libstdc++ puts new keys in front (ForeachUtils.h,
+    _group_tensors_by_first_tensors_device_and_dtype).
+    """
+    return list(dict.fromkeys(sizes))[::-1]
 
 
 class TorchOptimizer(Optimizer):
@@ -70,9 +79,11 @@ class TorchOptimizer(Optimizer):
             del denominator
 
     def _sgd(self, params: Sequence[tuple[int, int]], first: bool) -> None:
-        """Weight decay adds parameters to copies of the gradients: all at once (foreach) or one by one (for-loop)."""
+        """Weight decay adds parameters to copies of gradients: those of a type at once (foreach) or one by one."""
         decayed = self.cfg.implementation != "fused" and self.cfg.weight_decay > 0
-        groups = [params] if self.cfg.implementation == "foreach" else [[p] for p in params]
+        groups: Iterable[Sequence[tuple[int, int]]] = [[p] for p in params]
+        if self.cfg.implementation == "foreach":  # device_grads is bound anew before the next type's copies are made
+            groups = ([p for p in params if p[1] == size] for size in foreach_types([size for _, size in params]))
         for group in groups:
             held = [self.tape.new(n, size, "gradient plus weight decay") for n, size in group] if decayed else []
             if first:

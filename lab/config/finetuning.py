@@ -64,6 +64,13 @@ def _quantization(cfg: RunConfig) -> None:
         )
     if q.kind != "int8" and q.block_size not in BLOCK_SIZES:
         raise ConfigError("quantization.block_size", q.block_size, f"one of {', '.join(map(str, BLOCK_SIZES))}")
+    head = "head" if cfg.model.family == "lab" else "hf.lm_head"
+    if cfg.model.tied_head and cfg.model.family != "other" and not _names(head, q.skip_modules):
+        raise ConfigError(
+            "quantization.skip_modules",
+            list(q.skip_modules),
+            f"a tied head is the embedding's weight, which stays as it is: name {head.rpartition('.')[2]} too",
+        )
     half = {Precision.BF16_MIXED: "bf16", Precision.FP16_MIXED: "fp16"}.get(precision)
     if q.kind != "int8" and half is not None and q.compute_dtype != half:
         raise ConfigError(
@@ -73,6 +80,11 @@ def _quantization(cfg: RunConfig) -> None:
         )
     if cfg.train.compile:
         raise ConfigError("train.compile", True, "not with quantized layers, whose products PyTorch cannot trace")
+
+
+def _names(module: str, wanted: tuple[str, ...]) -> bool:
+    """Is the module one of ``wanted``: names or last parts of names?"""
+    return any(module == w or module.endswith("." + w) for w in wanted)
 
 
 def _quantized_strategy(cfg: RunConfig) -> None:
@@ -113,7 +125,7 @@ def _adapter(cfg: RunConfig) -> None:
     if cfg.model.family != "other":  # of those only transformers knows the names
         known = linear_paths(cfg.model)
         for target in a.target_modules:
-            if target != "all-linear" and not any(n == target or n.endswith("." + target) for n in known):
+            if target != "all-linear" and not any(_names(n, (target,)) for n in known):
                 leaves = dict.fromkeys(n.rpartition(".")[2] for n in known)
                 raise ConfigError(
                     "adapter.target_modules", list(a.target_modules), f"{target} matches no Linear: {', '.join(leaves)}"

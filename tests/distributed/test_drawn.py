@@ -11,6 +11,8 @@ from tests.unit.hf_cases import hf_overrides, write_config
 
 VIEW = "parallel.ddp.gradient_as_bucket_view=true"
 DDP = ["parallel=ddp", "world_size=1"]
+BF16_AND_FP32 = ["precision=bf16_pure", "adapter=lora", "adapter.train_embeddings=true"]
+FOREACH = ["optimizer.implementation=foreach"]
 POINTS = [
     # the first backward's gradients go into the bucket when it is over; the third step makes the buckets anew
     [*DDP, "parallel.ddp.static_graph=true", VIEW, "parallel.ddp.bucket_cap_mb=0.1"],
@@ -21,7 +23,10 @@ POINTS = [
     ["adapter=lora", "quantization=int8", "checkpointing=selective"],
     # the loss is the peak: gather's gradient is written into a copy
     ["adapter=lora", "loss=no_upcast", "train.micro_batch_size=2"],
-    # Accelerator.no_sync does nothing with one process
+    # foreach takes one type after the other: bf16 embeddings, fp32 adapters; one chunk's loss is the forward's peak
+    [*BF16_AND_FP32, "optimizer=sgd", *FOREACH, "optimizer.weight_decay=0.1", "loss=chunked", "loss.num_chunks=1"],
+    [*BF16_AND_FP32, "optimizer=adafactor", *FOREACH],
+    # Accelerator.no_sync does nothing with one process; the first step is off, so this comes last
     [*DDP, "engine=accelerate", VIEW, "train.gradient_accumulation_steps=2"],
 ]
 

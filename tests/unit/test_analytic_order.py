@@ -151,6 +151,15 @@ def test_hsdp_holds_what_was_summed_over_replicas_until_backward_ends() -> None:
         shards = [e for e in replay.trace.events if e[0] == ALLOC and e[4] == "FSDP sharded gradient"]
         assert any(e[5] == ALL_REDUCE_STREAM for e in shards) is held
         assert not replay.rule.all_reduced  # type: ignore[attr-defined]
+    # without a cast too: a second micro-step's gradients are all there when they have been added to the first's
+    replay = Replay(load([*base, "train.gradient_accumulation_steps=2"]))
+    replay.build()
+    replay.step()
+    live, most = 0, 0
+    for kind, _, nbytes, _, label, _ in replay.trace.events:
+        live += {ALLOC: nbytes, FREE: -nbytes}.get(kind, 0) if label == "FSDP sharded gradient" else 0
+        most = max(most, live)
+    assert most == 2 * sum(s.numel * 4 for s in replay.rule.trained)
 
 
 def test_the_first_bucket_goes_before_the_second_ones_come_or_with_the_first_reduction() -> None:

@@ -66,6 +66,8 @@ CASES: list[tuple[list[str], str, str, str]] = [
     (["engine=accelerate", "train.compile=true"], "engine", "accelerate", "engine=native only"),
     (["engine=accelerate", "hardware=h200", "parallel=fsdp", "parallel.fsdp.reduce_dtype=fp32"],
      "parallel.fsdp.reduce_dtype", "fp32", "reduces in the compute dtype"),
+    (["adapter=lora", "quantization=nf4", "model.tied_head=true", "quantization.skip_modules=[o_proj]"],
+     "quantization.skip_modules", "[o_proj]", "tied head is the embedding's weight"),
     (["engine=accelerate", "hardware=h200", "parallel=fsdp", "adapter=lora", "quantization=nf4_double"],
      "engine", "accelerate", "quantization=nf4_double with FSDP is trained by engine=native only"),
     (["engine.accelerate_config=x"], "engine.accelerate_config", "x", "it belongs to engine=accelerate"),

@@ -265,9 +265,10 @@ class FSDP(Rule):
         output = self.tape.new(unit.trained_numel, size, "FSDP sharded gradient", category)
         if self.size > 1 and not self.tape.trace.on_device_kernels:  # gloo reduces a clone of the input
             self.tape.new(numel, size, "gloo's clone of the reduce-scatter input", COMM)
+        if self.replicates:  # finalize_backward lets go of it: until then also what is added to an earlier gradient
+            self.all_reduced.append(output)
         if size != stored:
-            if self.replicates:  # the cast runs on the stream of the all-reduce; finalize_backward lets its input go
-                self.all_reduced.append(output)
+            if self.replicates:  # the cast runs on the stream of the all-reduce
                 self.tape.trace.stream = ALL_REDUCE_STREAM
             wide = self.tape.new(unit.trained_numel, stored, "FSDP sharded gradient", category)
             output = wide
