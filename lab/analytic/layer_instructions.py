@@ -99,7 +99,7 @@ Instruction = Play | Hook | Pass | Gradient | Hold | Outer
 
 @dataclass(slots=True)
 class Rounds:
-    """A block's pass with what its hooks do to memory among its events, and the hooks (``lab.analytic.layer_rounds``)."""
+    """A pass with what its hooks do to memory among its events, and those hooks (``lab.analytic.layer_rounds``)."""
 
     steps: list[Instruction]
     hooks: list[Hook | Pass]
@@ -125,6 +125,7 @@ class Recording:
     gradients: list[tuple[str, Value]] = field(default_factory=list)  # of parameters, as they are when they are there
     rounds: dict[str, Rounds | None] = field(default_factory=dict)  # see lab.analytic.layer_rounds
     merged: dict[str, list[Instruction]] = field(default_factory=dict)  # see lab.analytic.layer_merging
+    arrivals: dict[str, Play] = field(default_factory=dict)  # of PASSED_ON gradients, by parameter
 
 
 class Incoming(NamedTuple):

@@ -42,6 +42,12 @@ def merged_backward(recording: Recording, arrival: str) -> list[Instruction]:
     return out
 
 
+def quiet_arrivals(recording: Recording) -> dict[str, Play]:
+    """What each gradient's arrival does, by parameter, where it is PASSED_ON."""
+    arriving = [s for s in recording.backward if isinstance(s, Gradient)]
+    return {s.parameter: Play(Segment(_arrival(s.value, PASSED_ON), recording.module)) for s in arriving}
+
+
 def gradients_of(backward: Sequence[Instruction]) -> list[tuple[str, Value]]:
     """(parameter, its gradient once it counts as one), in the order of their arrival."""
     return [(s.parameter, replace(s.value, category=GRADIENTS)) for s in backward if isinstance(s, Gradient)]

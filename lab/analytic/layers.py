@@ -29,7 +29,7 @@ from lab.analytic.layer_instructions import (
     Unrecordable,
     Value,
 )
-from lab.analytic.layer_merging import FIRST, LATER, merged_backward
+from lab.analytic.layer_merging import FIRST, LATER, merged_backward, quiet_arrivals
 from lab.analytic.layer_recording import record
 from lab.analytic.layer_rounds import RoundRecorder
 from lab.analytic.ops import Parameter
@@ -99,7 +99,7 @@ def dismantle(replay: Replay) -> None:
 class _Layer:
     """One call of one block: what it keeps from forward to backward."""
 
-    __slots__ = ("first", "gradient", "held", "index", "input", "module", "names", "recording", "source")
+    __slots__ = ("first", "gradient", "held", "index", "input", "module", "names", "passed_on", "recording", "source")
 
     def __init__(self, recording: Recording, index: int, first: int, x: Tensor, names: dict[str, str]) -> None:
         self.recording, self.index, self.first = recording, index, first
@@ -108,6 +108,7 @@ class _Layer:
         self.input: Tensor | None = None
         self.gradient: Tensor | None = None
         self.held: dict[int, Tensor] = {}
+        self.passed_on: dict[str, Play] = {}  # parameters' gradients that come and go
 
     def renamed(self, name: str) -> str:
         """A name in the recorded block, as this block has it."""
@@ -222,18 +223,19 @@ class Layers:
         return found
 
     def _run_backward(self, layer: _Layer) -> None:
-        """With the parameters' gradients one by one, or, where the strategy has nothing to do at them, at the end."""
+        """With the parameters' gradients one by one, or, where the strategy has nothing to do at them, together."""
         recording, members = layer.recording, self.members[layer.index]
+        parameters = [members[name] for name, _ in recording.gradients]
         arrival = self.rule.quiet_gradients(layer.index)
+        missing = [p.accumulator.grad is None for p in parameters]
         if arrival is not None:
-            missing = [members[name].accumulator.grad is None for name, _ in recording.gradients]
             if not all(missing):
                 arrival = LATER if arrival is KEPT and not any(missing) else None
             elif arrival is KEPT:
                 arrival = FIRST
         if arrival is None:
-            self._place(recording.backward)
-            self._run_with_hooks(layer, recording.backward, None, BACKWARD)
+            loud = self.rule.loud_gradient(parameters) if all(missing) else None
+            self._run_unmerged(layer, parameters, loud)
             return
         if arrival not in recording.merged:
             recording.merged[arrival] = merged_backward(recording, arrival)
@@ -243,7 +245,22 @@ class Layers:
             for name, value in recording.gradients:
                 members[name].accumulator.grad = self._adopt(value, layer)
         if self.told:
-            self.rule.grads_ready([members[name] for name, _ in recording.gradients])
+            self.rule.grads_ready(parameters)
+
+    def _run_unmerged(self, layer: _Layer, parameters: list[Parameter], loud: int | None) -> None:
+        """``loud``: at this gradient alone the strategy has something to do; of those before it is told first."""
+        recording = layer.recording
+        self._place(recording.backward)
+        if loud is not None:
+            if not recording.arrivals:
+                recording.arrivals = quiet_arrivals(recording)
+                self._place(list(recording.arrivals.values()))
+            layer.passed_on = {**recording.arrivals}
+            del layer.passed_on[recording.gradients[loud][0]]
+            self.rule.grads_ready(parameters[:loud])
+        self._run_with_hooks(layer, recording.backward, None, BACKWARD)
+        if loud is not None:
+            self.rule.grads_ready(parameters[loud + 1 :])
 
     def _run_with_hooks(self, layer: _Layer, steps: Sequence[Instruction], x: Tensor | None, key: str) -> None:
         """Hooks and events between them as rounds, once some are kept and as long as they repeat.
@@ -268,28 +285,31 @@ class Layers:
 
     def _run(self, layer: _Layer, instructions: Sequence[Instruction], x: Tensor | None) -> None:
         play, first, module, rule = self.trace.events.append, layer.first, layer.module, self.rule
-        members = self.members[layer.index]
+        members, held, passed_on = self.members[layer.index], layer.held, layer.passed_on
         for step in instructions:
-            if isinstance(step, Pass):
+            if isinstance(step, Play):
+                play((SEGMENT, first, step.segment.place, module, "", 0))
+            elif isinstance(step, Pass):
                 (rule.after_backward if step.entering else rule.before_backward)(module + step.module)
             elif isinstance(step, Hook):
                 if step.entering:
                     rule.before_forward(module + step.module, step.needs_gradient)
                 else:
                     rule.after_forward(module + step.module)
-            elif isinstance(step, Play):
-                play((SEGMENT, first, step.segment.place, module, "", 0))
+            elif isinstance(step, Hold):
+                if step.let_go:
+                    del held[step.index]
+                else:
+                    held[step.index] = members[step.parameter].tensor
             elif isinstance(step, Gradient):
+                if step.parameter in passed_on:
+                    play((SEGMENT, first, passed_on[step.parameter].segment.place, module, "", 0))
+                    continue
                 run = members[step.parameter].accumulator.backward
                 assert run is not None
                 run([self._adopt(step.value, layer)])
             elif isinstance(step, Outer):
                 self._outer(layer, step, x)
-            elif isinstance(step, Hold):
-                if step.let_go:
-                    del layer.held[step.index]
-                else:
-                    layer.held[step.index] = members[step.parameter].tensor
 
     def _outer(self, layer: _Layer, step: Outer, x: Tensor | None) -> None:
         """Moved to another category, or let go of."""

@@ -6,8 +6,10 @@ ran. So it is a shorthand for a list of events, not a summary: ``spelled_out`` g
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 from lab.analytic.tape import ALLOC, FREE, MOVE, SEGMENT, Event, Storage, Trace, aligned
@@ -20,6 +22,7 @@ class Segment:
         self.events, self.module = tuple(events), module
         self.place = -1  # in the trace's list
         self._labels: dict[str, list[str]] = {}
+        self._running: list[int] = []
 
     def put(self, trace: Trace) -> int:
         """Its index in the trace's list, where it is from now on."""
@@ -38,23 +41,12 @@ class Segment:
         else:
             trace.events += spelled_out([event], trace.segments)
 
-    @cached_property
-    def _running(self) -> list[int]:
-        out, total = [], 0
-        for kind, _, nbytes, _, _, _ in self.events:
-            total += nbytes if kind == ALLOC else -nbytes if kind == FREE else 0
-            out.append(total)
-        return out
-
-    @cached_property
-    def change(self) -> int:
-        """Bytes that the whole segment adds."""
-        return self._running[-1]
-
-    @cached_property
-    def highest(self) -> int:
-        """Bytes added when most are, after one event or more."""
-        return max(self._running)
+    @property
+    def running(self) -> list[int]:
+        """Bytes added after each event."""
+        if not self._running:
+            self._running = running_totals(self.events)
+        return self._running
 
     @cached_property
     def changes(self) -> tuple[tuple[str, int], ...]:
@@ -64,7 +56,8 @@ class Segment:
     @cached_property
     def changes_since_highest(self) -> tuple[tuple[str, int], ...]:
         """Bytes by category that are added after the first moment at which most are."""
-        return _changes(self.events[self._running.index(self.highest) + 1 :])
+        running = self.running
+        return _changes(self.events[running.index(max(running)) + 1 :])
 
     def labels(self, module: str) -> list[str]:
         """The events' labels when ``module`` runs them."""
@@ -72,6 +65,11 @@ class Segment:
             own = self.module
             self._labels[module] = [e[4].replace(own + ".", module + ".") for e in self.events]
         return self._labels[module]
+
+
+def running_totals(events: Sequence[Event]) -> list[int]:
+    """Bytes added after each event; none of which is a segment."""
+    return list(accumulate([n if kind == ALLOC else -n if kind == FREE else 0 for kind, _, n, _, _, _ in events]))
 
 
 Pairs = dict[Hashable, tuple[Segment, Segment]]
@@ -152,15 +150,15 @@ class Played(NamedTuple):
 
 
 def _changes(events: Sequence[Event]) -> tuple[tuple[str, int], ...]:
-    sums: dict[str, int] = {}
+    sums: defaultdict[str, int] = defaultdict(int)
     for kind, _, nbytes, category, label, _ in events:
         if kind == ALLOC:
-            sums[category] = sums.get(category, 0) + nbytes
+            sums[category] += nbytes
         elif kind == FREE:
-            sums[category] = sums.get(category, 0) - nbytes
+            sums[category] -= nbytes
         elif kind == MOVE:
-            sums[category] = sums.get(category, 0) + nbytes
-            sums[label] = sums.get(label, 0) - nbytes
+            sums[category] += nbytes
+            sums[label] -= nbytes
     return tuple((category, change) for category, change in sums.items() if change)
 
 

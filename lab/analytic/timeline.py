@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from operator import itemgetter
 
-from lab.analytic.segments import Segment
+from lab.analytic.segments import Segment, running_totals
 from lab.analytic.tape import ALLOC, FREE, MARK, MOVE, SEGMENT, Event
 from lab.record import Moment, PhasePrediction
 from lab.vocab import STEP_PHASES, MemoryBreakdown, MemoryCategory, StepPhase
@@ -39,12 +39,14 @@ def _spans(events: Sequence[Event]) -> dict[int, Spans]:
 
 def totals(events: Sequence[Event], sizes: Sequence[int] | None = None) -> list[int]:
     """Allocated bytes after each event. ``sizes`` overrides a storage's bytes by id (the allocator's blocks)."""
+    if sizes is None:
+        return running_totals(events)
     out, total = [], 0
-    for kind, ident, nbytes, _, _, _ in events:
+    for kind, ident, _, _, _, _ in events:
         if kind == ALLOC:
-            total += nbytes if sizes is None else sizes[ident]
+            total += sizes[ident]
         elif kind == FREE:
-            total -= nbytes if sizes is None else sizes[ident]
+            total -= sizes[ident]
         out.append(total)
     return out
 
@@ -108,7 +110,9 @@ class Timeline:
         by_name: dict[str, int] = sums  # type: ignore[assignment]  # categories are strings
         moments: list[Moment] = []
         done = 0
+        changes = [segment.changes for segment in self.segments]
         for index in indices:
+            played = [0] * len(changes)  # times, by segment
             for kind, ident, nbytes, category, label, _ in self.events[done : index + 1]:
                 if kind == ALLOC:
                     by_name[category] += nbytes if sizes is None else sizes[ident]
@@ -119,8 +123,11 @@ class Timeline:
                     by_name[label] -= size
                     by_name[category] += size
                 elif kind == SEGMENT:
-                    for name, change in self.segments[nbytes].changes:
-                        by_name[name] += change
+                    played[nbytes] += 1
+            for times, by_segment in zip(played, changes, strict=True):
+                if times:
+                    for name, change in by_segment:
+                        by_name[name] += times * change
             done = index + 1
             at = sums
             if self.events and self.events[index][0] == SEGMENT:
@@ -134,7 +141,9 @@ class Timeline:
 
 
 def _totals_with_segments(events: Sequence[Event], segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
-    whole, highest = [s.change for s in segments], [s.highest for s in segments]
+    running = [s.running for s in segments]
+    whole = [r[-1] for r in running]
+    above = [max(r) - r[-1] for r in running]  # by how much the highest total inside exceeds that at the end
     changes = [
         n if kind == ALLOC else -n if kind == FREE else whole[n] if kind == SEGMENT else 0
         for kind, _, n, _, _, _ in events
@@ -142,11 +151,16 @@ def _totals_with_segments(events: Sequence[Event], segments: Sequence[Segment]) 
     after = list(accumulate(changes))
     high = after.copy()
     for i in _of_kind(events, SEGMENT):
-        segment = events[i][2]
-        high[i] += highest[segment] - whole[segment]
+        high[i] += above[events[i][2]]
     return after, high
 
 
 def _of_kind(events: Sequence[Event], kind: int) -> list[int]:
     """Indices of the events of one kind."""
-    return [i for i, found in enumerate(map(_KIND, events)) if found == kind]
+    kinds = bytes(map(_KIND, events))
+    found: list[int] = []
+    i = kinds.find(kind)
+    while i >= 0:
+        found.append(i)
+        i = kinds.find(kind, i + 1)
+    return found

@@ -189,10 +189,14 @@ class Rule:
         """
         return KEPT
 
+    def loud_gradient(self, parameters: Sequence[Parameter]) -> int | None:
+        """Where gradients come in this order and ``quiet_gradients`` is None: the only one that is not PASSED_ON."""
+        return None
+
     def grad_ready(self, spec: ParameterSpec, parameter: Parameter) -> None: ...
 
     def grads_ready(self, parameters: Sequence[Parameter]) -> None:
-        """``grad_ready`` of each, where it is quiet (``quiet_gradients``); PASSED_ON ones are given up already."""
+        """``grad_ready`` of each, where it is quiet (``quiet_gradients``); PASSED_ON ones may be gone by then."""
         for parameter in parameters:
             if parameter.accumulator.on_grad is not None:
                 parameter.accumulator.on_grad()

@@ -28,6 +28,8 @@ has used (``record_stream``), which only *reserved* sees.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lab.analytic.architecture import ParameterSpec
 from lab.analytic.ops import Parameter
 from lab.analytic.sharding.base import DeepSpeedRule
@@ -50,12 +52,14 @@ class ZeroRule(DeepSpeedRule):
     def __init__(self, cfg: RunConfig, tape: Tape, specs: list[ParameterSpec]) -> None:
         super().__init__(cfg, tape, specs)
         self.options = cfg.parallel.zero
+        self.spec_of = {spec.name: spec for spec in self.trained}
         self.group = FlatGroup(self.trained, self.world, self.options.round_robin_gradients)
         self.partition = self.group.partition_numel
         self.trained_numel = [0] * cfg.model.num_layers  # of the blocks
         for spec in self.trained:
             if spec.unit >= 0:
                 self.trained_numel[spec.unit] += spec.numel
+        self.oversized = [s for s in self.trained if s.numel > self.options.reduce_bucket_size]
         self.global_norm: Tensor | None = None  # _global_grad_norm
 
     def ranks(self) -> list[int]:
@@ -67,18 +71,18 @@ class ZeroRule(DeepSpeedRule):
 
     def _end_numel(self, rank: int) -> int:
         """grads_in_partition, in elements."""
-        return sum(s.numel for s in self.group.members(rank))
+        return sum([s.numel for s in self.group.members(rank)])
 
     def _kept_numel(self, rank: int) -> int:
         """Elements of gradients before a rank's backward ends: grads_in_partition, in stage 1 also oversized ones.
 
         Gradients too large for the bucket stay where they are in stage 1, whoever owns them.
         """
-        members = self.group.members(rank)
-        large = (
-            [] if self.partition_gradients else [s for s in self.trained if s.numel > self.options.reduce_bucket_size]
-        )
-        return sum(s.numel for s in {*members, *large})
+        kept = self._end_numel(rank)
+        if not self.partition_gradients and self.oversized:
+            own = {s.name for s in self.group.members(rank)}
+            kept += sum(s.numel for s in self.oversized if s.name not in own)
+        return kept
 
     # -- build -----------------------------------------------------------------------------------
 
@@ -118,6 +122,12 @@ class ZeroRule(DeepSpeedRule):
 
     def grad_ready(self, spec: ParameterSpec, parameter: Parameter) -> None:
         self.reducer.grad_ready(spec, self.last_micro_step)
+
+    def loud_gradient(self, parameters: Sequence[Parameter]) -> int | None:
+        return self.reducer.loud([p.numel for p in parameters], self.last_micro_step)
+
+    def grads_ready(self, parameters: Sequence[Parameter]) -> None:
+        self.reducer.grads_ready([self.spec_of[p.name] for p in parameters], self.last_micro_step)
 
     def finish_backward(self) -> None:
         self.reducer.finish_backward(self.trained, self.last_micro_step)

@@ -40,6 +40,7 @@ from lab.analytic.sharding.base import KEPT, PARAMETERS, PASSED_ON, DeepSpeedRul
 from lab.analytic.sharding.zero3_fetch import Coordinator
 from lab.analytic.sharding.zero3_gather import Gatherer, Sharded
 from lab.analytic.sharding.zero3_states import ShardedStates
+from lab.analytic.sharding.zero_reduction import only_overflow
 from lab.analytic.tape import FP32, Event, Grads, Node, Tape, Tensor, Trace
 from lab.config import RunConfig
 
@@ -118,7 +119,7 @@ class Zero3(DeepSpeedRule):
         return shards
 
     def _cut(self, specs: list[ParameterSpec], trace: Trace) -> list[Event]:
-        """materialise draws each in fp32 and casts it; then zero.Init. Returns the shards that DeepSpeed drops later."""
+        """materialise draws each in fp32 and casts it; then zero.Init. Returns the shards that go later."""
         size = self.parameter_itemsize
         whole: list[Event] = []
         for spec in specs:
@@ -219,6 +220,12 @@ class Zero3(DeepSpeedRule):
 
     def grad_ready(self, spec: ParameterSpec, parameter: Parameter) -> None:
         self.states.reducer.add(self.sharded[spec.name])
+
+    def loud_gradient(self, parameters: Sequence[Parameter]) -> int | None:
+        reducer = self.states.reducer
+        if reducer.buffer is None:
+            return None
+        return only_overflow(reducer.numel, [p.numel for p in parameters], self.options.reduce_bucket_size)
 
     def grads_ready(self, parameters: Sequence[Parameter]) -> None:
         self.states.reducer.add_quietly([self.sharded[p.name] for p in parameters])

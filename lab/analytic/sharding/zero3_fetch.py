@@ -26,12 +26,13 @@ from lab.config import ZeroOptions
 class Module:
     """A module and the parameters that it holds directly or reads of another module's (iter_params)."""
 
-    __slots__ = ("by_index", "name", "numel", "params", "recomputed")
+    __slots__ = ("by_index", "name", "numel", "params", "recomputed", "to_release")
 
     def __init__(self, name: str, params: list[Sharded]) -> None:
         self.name, self.params, self.numel = name, params, sum([p.numel for p in params])
         self.by_index = sorted(params, key=lambda p: p.index)
         self.recomputed: dict[Sharded, None] = {}  # ds_recompute_parameters
+        self.to_release: dict[int, list[Sharded]] = {}  # lru_cache of params_to_release, by place in the order
 
     def add(self, p: Sharded) -> None:
         """register_external_parameter."""
@@ -62,11 +63,11 @@ class Coordinator:
         self.trace_mode = "invalid"  # then "record", then "complete"
         self.submodules: list[Module] = []
         self.param_order: list[tuple[Sharded, int]] = []
+        self.place_after: list[int] = []  # by module in the order: where the parameters of those behind it begin
         self.place = 0  # in that order: what is before it has been taken off the queue
         self.num_available = 0  # elements
         self.step_id = 0
         self.backward_modules: dict[Module, None] = {}  # active_backward_submodules
-        self.release_cache: dict[tuple[Module, int], list[Sharded]] = {}  # lru_cache of params_to_release
 
     def reset_step(self) -> None:
         """At every forward's start, so once per micro-step."""
@@ -104,10 +105,11 @@ class Coordinator:
 
     def fetch(self, name: str, forward: bool) -> None:
         """fetch_sub_module: gather what the module needs now, wait for it, prefetch what comes next."""
-        module, recording = self.modules[name], self.trace_mode == "record"
+        module, step, recording = self.modules[name], self.step_id, self.trace_mode == "record"
+        self.step_id = step + 1
         if recording:
             self.submodules.append(module)
-        assert self.submodules[self.step_id] is module, "DeepSpeed would drop its trace and record again"
+        assert self.submodules[step] is module, "DeepSpeed would drop its trace and record again"
         if not forward:
             self.backward_modules[module] = None
         params = module.params
@@ -115,11 +117,14 @@ class Coordinator:
             self._gather(name, params)
             if forward and self.backward_modules:  # which is empty outside backward
                 self._recompute(params)
-        if not recording and self.place < len(self.param_order):
-            if params:
-                self._forget(params)
-            self._prefetch()
-        self.step_id += 1
+        if recording:
+            return
+        after = self.place_after[step]
+        if self.place < after:  # takes the module's own parameters off the queue, unless a prefetch has
+            self.place = after
+        room = self.options.stage3_max_live_parameters - self.num_available
+        if room > 0 and self.place < len(self.param_order):
+            self._prefetch(min(room, self.options.stage3_prefetch_bucket_size))
 
     def count_fetch(self, name: str, forward: bool) -> None:
         """The module's place in the order that is being recorded; what it gathers has been replayed."""
@@ -137,9 +142,10 @@ class Coordinator:
             self.num_available += missing[0].numel
         elif missing:
             self.num_available += gatherer.start(missing)
+        inflight = gatherer.inflight
         for p in params:
             p.active.add(module)
-            if p in gatherer.inflight:
+            if p in inflight:
                 gatherer.wait(p)
 
     def _recompute(self, params: Sequence[Sharded]) -> None:
@@ -150,31 +156,15 @@ class Coordinator:
                 owner.recomputed[p] = None
                 p.active.add(owner.name)
 
-    def _forget(self, params: Sequence[Sharded]) -> None:
-        """Take the module's own parameters off the queue, unless a prefetch has."""
-        step_id, order, place = self.step_id, self.param_order, self.place
-        ahead = 0
-        for p in params:
-            if p.fetched_for < step_id:
-                ahead += 1
-        found: set[Sharded] = set()
-        while place < len(order) and len(found) < ahead:
-            p, p.fetched_for = order[place]
-            place += 1
-            found.add(p)
-        self.place = place
-
-    def _prefetch(self) -> None:
-        live = self.options.stage3_max_live_parameters - self.num_available
-        room = min(live, self.options.stage3_prefetch_bucket_size)
+    def _prefetch(self, room: int) -> None:
+        """Start gathering what comes next and is not there, until it has ``room`` elements or more."""
         wanted: dict[Sharded, None] = {}
         numel, order, place = 0, self.param_order, self.place
         end = len(order)
         while place < end and numel < room:
             p, step = order[place]
+            p.fetched_for = step
             place += 1
-            if step > p.fetched_for:
-                p.fetched_for = step
             if p.status is NOT_AVAILABLE and p not in wanted:
                 wanted[p] = None
                 numel += p.numel
@@ -189,14 +179,18 @@ class Coordinator:
         module = self.modules[name]
         if not forward:
             self.backward_modules.pop(module, None)
-        recomputed = [] if forward else module.take_recomputed()
-        if not (module.params or recomputed):
-            return
-        free = self._params_to_release(module) if self.trace_mode == "complete" else module.params
-        for p in (*module.params, *recomputed):
-            p.active.discard(name)
-            if p in free or (p in recomputed and not p.persist):
+        params = module.params
+        if params:
+            free = self._params_to_release(module) if self.trace_mode == "complete" else params
+            for p in params:
+                p.active.discard(name)
+            for p in free:
                 self._release(p)
+        if not forward and module.recomputed:
+            for p in module.take_recomputed():
+                p.active.discard(name)
+                if not p.persist:
+                    self._release(p)
 
     def count_release(self, name: str) -> None:
         """A module's backward is over; what it releases has been replayed."""
@@ -207,12 +201,12 @@ class Coordinator:
     def _params_to_release(self, module: Module) -> list[Sharded]:
         """Decided once per module and place in the order, in the first pass over the complete trace (lru_cache)."""
         step = self.step_id
-        key = (module, step)
-        if key not in self.release_cache:
-            self.release_cache[key] = [
+        found = module.to_release.get(step)
+        if found is None:
+            found = module.to_release[step] = [
                 p for p in module.params if not p.persist and p.fetched_for <= step and not self._reused_soon(p)
             ]
-        return self.release_cache[key]
+        return found
 
     def _index_trace(self) -> None:
         """Where each parameter is used, and how many elements the modules before each place use."""
@@ -225,6 +219,7 @@ class Coordinator:
                     p.uses.append(step)
                 before += module.numel
             self.elements_before.append(before)
+            self.place_after.append(len(self.param_order))
 
     def _reused_soon(self, p: Sharded) -> bool:
         """Does a later module, less than ``stage3_max_reuse_distance`` elements on, use it?"""

@@ -118,13 +118,19 @@ class Gatherer:
 
     def start(self, params: list[Sharded]) -> int:
         """Start one all-gather of parameters that are not there; the elements it fetches."""
-        params.sort(key=_index)
         handle = Handle(params)
         trace = self.tape.trace
         trace.stream = self.stream
-        if self.world > 1 and len(params) == 1:
-            self._make_whole(params[0], padded=True)
-        elif self.world > 1:
+        if len(params) == 1:
+            p = params[0]
+            if self.world > 1:
+                self._make_whole(p, padded=True)
+            trace.stream = 0
+            p.status = INFLIGHT
+            self.inflight[p] = handle
+            return p.numel
+        params.sort(key=_index)
+        if self.world > 1:
             padded = sum([p.shard_numel for p in params]) * self.world
             handle.flat = self.tape.new(padded, params[0].itemsize, "ZeRO-3 all-gather", COMM)
         trace.stream = 0

@@ -6,6 +6,7 @@ one flat group. ``parameter_alignment`` is off, its default: nothing is padded b
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 
 from lab.analytic.architecture import ParameterSpec
@@ -38,6 +39,8 @@ class FlatGroup:
         alignment = NCCL_START_ALIGNMENT_FACTOR * world
         self.numel = -(-end // alignment) * alignment
         self.partition_numel = self.numel // world
+        self._starts = list(self.start.values())
+        self._ends = [self.start[spec.name] + spec.numel for spec in self.order]
         self._owners: dict[str, list[tuple[int, int]]] = {}
         self._members: dict[int, list[ParameterSpec]] = {}
 
@@ -57,14 +60,16 @@ class FlatGroup:
         """params_in_partition of one rank, in flat order."""
         if rank not in self._members:
             low, high = rank * self.partition_numel, (rank + 1) * self.partition_numel
-            self._members[rank] = [
-                s for s in self.order if self.start[s.name] < high and self.start[s.name] + s.numel > low
-            ]
+            self._members[rank] = self.order[bisect_right(self._ends, low) : bisect_left(self._starts, high)]
         return self._members[rank]
 
     def slices(self, rank: int) -> list[int]:
         """Elements of each member that fall into the rank's partition; they sum to the partition less its padding."""
-        return [dict(self.owners(s))[rank] for s in self.members(rank)]
+        low, high = rank * self.partition_numel, (rank + 1) * self.partition_numel
+        starts = [self.start[s.name] for s in self.members(rank)]
+        return [
+            min(start + s.numel, high) - max(start, low) for s, start in zip(self.members(rank), starts, strict=True)
+        ]
 
     def reduced_slices(self, specs: Iterable[ParameterSpec]) -> list[int]:
         """Slices of a bucket as average_tensor lists them: neighbours with one owner are one slice."""

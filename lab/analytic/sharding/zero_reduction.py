@@ -5,6 +5,7 @@ Source: DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py; every method names the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lab.analytic.architecture import ParameterSpec
@@ -17,6 +18,21 @@ from lab.vocab import MemoryCategory
 
 REDUCTION_STREAM = 1  # DeepSpeedZeroOptimizer.reduction_stream, with overlap_comm
 GRADIENTS, COMM = MemoryCategory.GRADIENTS, MemoryCategory.COMM_BUFFERS
+
+
+def only_overflow(filled: int, numels: Sequence[int], size: int) -> int | None:
+    """Which of some gradients is the only one that does not fit into a bucket any more, so that it is emptied first.
+
+    ``filled``: elements in it before; ``size``: its own. None: not exactly one, or one that never fits.
+    """
+    found: int | None = None
+    for i, numel in enumerate(numels):
+        if filled + numel > size:
+            if found is not None or numel > size:
+                return None
+            found, filled = i, 0
+        filled += numel
+    return found
 
 
 @dataclass
@@ -65,6 +81,27 @@ class Reducer:
         if self.bucket.numel + numel > self.bucket_size:
             return None
         return PASSED_ON if self.contiguous else KEPT
+
+    def loud(self, numels: Sequence[int], last_micro_step: bool) -> int | None:
+        """As in ``Rule.loud_gradient``."""
+        passes = self.by_micro_step or (self.overlap and last_micro_step)
+        if not (self.ready_for_gradients and passes and self.contiguous):
+            return None
+        return only_overflow(self.bucket.numel, numels, self.bucket_size)
+
+    def grads_ready(self, specs: list[ParameterSpec], last_micro_step: bool) -> None:
+        """``grad_ready`` of each, all of which fit into the bucket."""
+        bucket = self.bucket
+        if not (self.by_micro_step or (self.overlap and last_micro_step)):
+            return
+        for spec in specs:
+            accumulator = self.parameters[spec.name].accumulator
+            if self.contiguous:
+                accumulator.grad = bucket.buffers[bucket.index].view(spec.numel)
+            assert accumulator.grad is not None
+            bucket.grads.append(accumulator.grad)
+            bucket.numel += spec.numel
+        bucket.params += specs
 
     def grad_ready(self, spec: ParameterSpec, last_micro_step: bool) -> None:
         """process_gradients, the hook on every parameter."""
