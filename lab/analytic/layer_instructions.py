@@ -125,6 +125,7 @@ class Recording:
     gradients: list[tuple[str, Value]] = field(default_factory=list)  # of parameters, as they are when they are there
     rounds: dict[str, Rounds | None] = field(default_factory=dict)  # see lab.analytic.layer_rounds
     merged: dict[str, list[Instruction]] = field(default_factory=dict)  # see lab.analytic.layer_merging
+    backward_placed: bool = False  # are its segments in the trace?
     arrivals: dict[str, Play] = field(default_factory=dict)  # of PASSED_ON gradients, by parameter
 
 

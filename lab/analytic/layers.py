@@ -250,7 +250,9 @@ class Layers:
     def _run_unmerged(self, layer: _Layer, parameters: list[Parameter], loud: int | None) -> None:
         """``loud``: at this gradient alone the strategy has something to do; of those before it is told first."""
         recording = layer.recording
-        self._place(recording.backward)
+        if not recording.backward_placed:
+            recording.backward_placed = True
+            self._place(recording.backward)
         if loud is not None:
             if not recording.arrivals:
                 recording.arrivals = quiet_arrivals(recording)

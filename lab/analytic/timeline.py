@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
 from operator import itemgetter
 
 from lab.analytic.segments import Segment, running_totals
@@ -28,7 +27,7 @@ def spans_of(events: Sequence[Event], step: int) -> Spans:
 def _spans(events: Sequence[Event]) -> dict[int, Spans]:
     spans: dict[int, Spans] = {}
     start = 0
-    for i in _of_kind(events, MARK):
+    for i in _marks(events):
         owner, phase, edge = events[i][3].split("/")
         if edge == "start":
             start = i
@@ -110,23 +109,24 @@ class Timeline:
         by_name: dict[str, int] = sums  # type: ignore[assignment]  # categories are strings
         moments: list[Moment] = []
         done = 0
-        changes = [segment.changes for segment in self.segments]
         for index in indices:
-            played = [0] * len(changes)  # times, by segment
-            for kind, ident, nbytes, category, label, _ in self.events[done : index + 1]:
+            played = [0] * len(self.segments)  # times
+            for kind, ident, size, category, label, _ in self.events[done : index + 1]:
+                if kind == SEGMENT:
+                    played[size] += 1
+                    continue
+                if sizes is not None and ident >= 0:
+                    size = sizes[ident]
                 if kind == ALLOC:
-                    by_name[category] += nbytes if sizes is None else sizes[ident]
+                    by_name[category] += size
                 elif kind == FREE:
-                    by_name[category] -= nbytes if sizes is None else sizes[ident]
+                    by_name[category] -= size
                 elif kind == MOVE:
-                    size = nbytes if sizes is None else sizes[ident]
                     by_name[label] -= size
                     by_name[category] += size
-                elif kind == SEGMENT:
-                    played[nbytes] += 1
-            for times, by_segment in zip(played, changes, strict=True):
+            for segment, times in zip(self.segments, played, strict=True):
                 if times:
-                    for name, change in by_segment:
+                    for name, change in segment.changes:
                         by_name[name] += times * change
             done = index + 1
             at = sums
@@ -142,25 +142,28 @@ class Timeline:
 
 def _totals_with_segments(events: Sequence[Event], segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
     running = [s.running for s in segments]
-    whole = [r[-1] for r in running]
-    above = [max(r) - r[-1] for r in running]  # by how much the highest total inside exceeds that at the end
-    changes = [
-        n if kind == ALLOC else -n if kind == FREE else whole[n] if kind == SEGMENT else 0
-        for kind, _, n, _, _, _ in events
-    ]
-    after = list(accumulate(changes))
-    high = after.copy()
-    for i in _of_kind(events, SEGMENT):
-        high[i] += above[events[i][2]]
+    whole, highest = [r[-1] for r in running], [max(r) for r in running]
+    after: list[int] = []
+    high: list[int] = []
+    total = 0
+    for kind, _, n, _, _, _ in events:
+        if kind == SEGMENT:
+            high.append(total + highest[n])
+            total += whole[n]
+        else:
+            if kind == ALLOC:
+                total += n
+            elif kind == FREE:
+                total -= n
+            high.append(total)
+        after.append(total)
     return after, high
 
 
-def _of_kind(events: Sequence[Event], kind: int) -> list[int]:
-    """Indices of the events of one kind."""
+def _marks(events: Sequence[Event]) -> list[int]:
+    """Indices of the marks, which are few."""
     kinds = bytes(map(_KIND, events))
-    found: list[int] = []
-    i = kinds.find(kind)
-    while i >= 0:
-        found.append(i)
-        i = kinds.find(kind, i + 1)
-    return found
+    found = [kinds.find(MARK)]
+    while found[-1] >= 0:
+        found.append(kinds.find(MARK, found[-1] + 1))
+    return found[:-1]

@@ -10,10 +10,11 @@ from lab.analytic import predict
 from lab.analytic.allocator import simulate
 from lab.analytic.architecture import ParameterSpec, num_parameters
 from lab.analytic.decoder import Decoder
+from lab.analytic.segments import Played
 from lab.analytic.sharding.zero import ZeroRule
 from lab.analytic.sharding.zero_partitions import FlatGroup, round_robin
 from lab.analytic.step import Replay
-from lab.analytic.tape import ALLOC, FP32, INT64, MARK
+from lab.analytic.tape import ALLOC, FP32, INT64, MARK, Tensor
 from lab.analytic.timeline import spans_of, totals
 from lab.config import RunConfig, load
 from lab.vocab import MemoryCategory, StepPhase, Strategy
@@ -231,7 +232,7 @@ def replay_of_measured_run(cfg: RunConfig) -> Replay:
     tape, rule = replay.tape, replay.rule
     assert isinstance(rule, ZeroRule)
     replay.kept += [tape.new(cfg.train.micro_batch_size * cfg.train.seq_len, INT64, "batch") for _ in range(2)]
-    originals = [tape.new(s.numel, FP32, s.name) for s in rule.specs]
+    originals: list[Tensor | Played] = [tape.new(s.numel, FP32, s.name) for s in rule.specs]
     if rule.parameter_itemsize != FP32:
         for i, spec in enumerate(rule.specs):
             originals[i] = tape.new(spec.numel, rule.parameter_itemsize, spec.name)

@@ -20,6 +20,12 @@ PARAMETERS = MemoryCategory.PARAMETERS
 KEPT, PASSED_ON = "kept", "passed on"
 
 
+def block_of(spec: ParameterSpec) -> str:
+    """The module that holds the parameter and has its like in every layer; "" for the root's."""
+    before, found, _ = spec.name.partition(f".{spec.unit}.")
+    return f"{before}.{spec.unit}" if found else ""
+
+
 class Rule:
     """One strategy's memory: made once, then driven through steps. This base is one process without sharding.
 

@@ -28,20 +28,25 @@ has used (``record_stream``), which only *reserved* sees.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from itertools import groupby
+from operator import attrgetter
 
 from lab.analytic.architecture import ParameterSpec
+from lab.analytic.dora import MAGNITUDE
 from lab.analytic.ops import Parameter
-from lab.analytic.sharding.base import DeepSpeedRule
+from lab.analytic.segments import Played, Repeated
+from lab.analytic.sharding.base import DeepSpeedRule, block_of
 from lab.analytic.sharding.zero_partitions import FlatGroup
 from lab.analytic.sharding.zero_reduction import Reducer
-from lab.analytic.tape import FP32, Tape, Tensor
+from lab.analytic.tape import FP32, Event, Tape, Tensor, Trace
 from lab.config import RunConfig
 from lab.vocab import MemoryCategory
 
 FP64 = 8  # bytes; zero/utils.py, get_norm_dtype
 PARAMETERS, MASTER = MemoryCategory.PARAMETERS, MemoryCategory.MASTER_WEIGHTS
 GRADIENTS = MemoryCategory.GRADIENTS
+_unit = attrgetter("unit")
 
 
 class ZeroRule(DeepSpeedRule):
@@ -88,23 +93,52 @@ class ZeroRule(DeepSpeedRule):
 
     def build(self) -> None:
         """Parameters one by one in fp32, cast, flattened, then dropped; a clone of the partition, cast likewise."""
-        originals: list[Tensor] = []
-        for spec in self.specs:
-            tensor, quantized = self.materialise(spec)
-            if spec.trainable:
-                originals.append(tensor)
-            else:  # no optimizer knows it: it stays as it is
-                self.add_parameter(spec, tensor, quantized)
-            del tensor
+        originals: list[Tensor | Played] = []
+        kinds: dict[Hashable, Repeated] = {}
+        for _, group in groupby(self.specs, key=_unit):
+            members = list(group)
+            if all(s.trainable and not s.quantized and MAGNITUDE not in s.name for s in members):
+                originals.append(self._draw(members, kinds))
+                continue
+            for spec in members:
+                tensor, quantized = self.materialise(spec)
+                if spec.trainable:
+                    originals.append(tensor)
+                else:  # no optimizer knows it: it stays as it is
+                    self.add_parameter(spec, tensor, quantized)
+                del tensor
         self.tape.trace.empty_cache()
         self.flatten(originals)
 
-    def flatten(self, originals: list[Tensor]) -> None:
+    def _draw(self, specs: list[ParameterSpec], kinds: dict[Hashable, Repeated]) -> Played:
+        """``materialise`` of each: only drawn and cast. Blocks of one kind do the same."""
+        size, block = self.parameter_itemsize, block_of(specs[0])
+
+        def run(trace: Trace) -> list[Event]:
+            tensors: list[Event] = []
+            for spec in specs:
+                drawn = trace.allocate(spec.numel * FP32, PARAMETERS, spec.name)
+                if size != FP32:
+                    cast = trace.allocate(spec.numel * size, PARAMETERS, spec.name)
+                    trace.free(drawn)
+                    drawn = cast
+                tensors.append(drawn)
+            return tensors[::-1]  # flattened, they go from the first to the last
+
+        kind = tuple([(s.name.removeprefix(block), s.numel) for s in specs])
+        if kind not in kinds:
+            kinds[kind] = Repeated(self.tape.trace, run, block)
+        return kinds[kind].play(self.tape.trace, block)
+
+    def flatten(self, originals: list[Tensor | Played]) -> None:
         """DeepSpeedZeroOptimizer.__init__; empties ``originals``, whose storage the flat group replaces."""
         new, size, master, numel = self.tape.new, self.parameter_itemsize, self.master_itemsize, self.partition
         self.flat = new(self.group.numel, size, "flat parameters", PARAMETERS)
         while originals:
-            originals.pop(0)
+            original = originals.pop(0)
+            if isinstance(original, Played):
+                original.give_back(self.tape.trace)
+            del original
         for spec in self.trained:
             self.add_parameter(spec, self.flat.view(spec.numel))
         self.parameters = {s.name: self.parameters[s.name] for s in self.specs}  # in the model's order

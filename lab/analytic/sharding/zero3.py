@@ -36,7 +36,7 @@ from lab.analytic.architecture import ParameterSpec, tied_modules
 from lab.analytic.layer_instructions import Hook, Pass
 from lab.analytic.ops import Parameter
 from lab.analytic.segments import Played, Repeated
-from lab.analytic.sharding.base import KEPT, PARAMETERS, PASSED_ON, DeepSpeedRule
+from lab.analytic.sharding.base import KEPT, PARAMETERS, PASSED_ON, DeepSpeedRule, block_of
 from lab.analytic.sharding.zero3_fetch import Coordinator
 from lab.analytic.sharding.zero3_gather import Gatherer, Sharded
 from lab.analytic.sharding.zero3_states import ShardedStates
@@ -105,8 +105,7 @@ class Zero3(DeepSpeedRule):
         """zero.Init cuts one parameter after the other; the shards that it leaves. Units of one kind do the same."""
         trace, size, world = self.tape.trace, self.parameter_itemsize, self.world
         largest_persistent = self.options.stage3_param_persistence_threshold
-        before, found, _ = specs[0].name.partition(f".{specs[0].unit}.")
-        block = f"{before}.{specs[0].unit}" if found else ""
+        block = block_of(specs[0])
         kind = tuple([(s.name.removeprefix(block), s.numel, s.trainable) for s in specs])
         if kind not in kinds:
             kinds[kind] = Repeated(trace, partial(self._cut, specs), block)
@@ -196,21 +195,27 @@ class Zero3(DeepSpeedRule):
         return self.coordinator.untouched(self.of_unit[block])
 
     def count_hooks(self, block: str, hooks: Sequence[Hook | Pass]) -> None:
+        """In the pass that records the order: what the four functions above do beside gathering and releasing."""
         coordinator, remaining = self.coordinator, self.grads_remaining
+        modules, order, in_backward = coordinator.modules, coordinator.submodules, coordinator.backward_modules
         for hook in hooks:
-            module = block + hook.module
+            name = block + hook.module
             if isinstance(hook, Pass):
+                module = modules[name]
                 if not hook.entering:
-                    coordinator.count_fetch(module, forward=False)
+                    order.append(module)
+                    in_backward[module] = None
                 else:
-                    remaining[module] -= 1
-                    if not remaining[module]:
-                        coordinator.count_release(module)
+                    remaining[name] -= 1
+                    if not remaining[name]:
+                        in_backward.pop(module, None)
+                        module.recomputed.clear()
             elif hook.entering:
-                coordinator.count_fetch(module, forward=True)
-                remaining[module] = 1 if hook.needs_gradient else 0
-            elif module.endswith(BASE):
-                self._read_around(module)
+                order.append(modules[name])
+                remaining[name] = 1 if hook.needs_gradient else 0
+            elif name.endswith(BASE):
+                self._read_around(name)
+        coordinator.step_id = len(order)
 
     def quiet_gradients(self, block: int) -> str | None:
         reducer = self.states.reducer

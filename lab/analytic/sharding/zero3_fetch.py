@@ -126,14 +126,6 @@ class Coordinator:
         if room > 0 and self.place < len(self.param_order):
             self._prefetch(min(room, self.options.stage3_prefetch_bucket_size))
 
-    def count_fetch(self, name: str, forward: bool) -> None:
-        """The module's place in the order that is being recorded; what it gathers has been replayed."""
-        module = self.modules[name]
-        self.submodules.append(module)
-        self.step_id += 1
-        if not forward:
-            self.backward_modules[module] = None
-
     def _gather(self, module: str, params: Sequence[Sharded]) -> None:
         gatherer = self.gatherer
         missing = [p for p in params if p.status is NOT_AVAILABLE]
@@ -192,12 +184,6 @@ class Coordinator:
                 if not p.persist:
                     self._release(p)
 
-    def count_release(self, name: str) -> None:
-        """A module's backward is over; what it releases has been replayed."""
-        module = self.modules[name]
-        self.backward_modules.pop(module, None)
-        module.recomputed.clear()
-
     def _params_to_release(self, module: Module) -> list[Sharded]:
         """Decided once per module and place in the order, in the first pass over the complete trace (lru_cache)."""
         step = self.step_id
@@ -210,16 +196,16 @@ class Coordinator:
 
     def _index_trace(self) -> None:
         """Where each parameter is used, and how many elements the modules before each place use."""
-        before = 0
+        before, order = 0, self.param_order
         self.elements_before = [0]
         for step, module in enumerate(self.submodules):
             if module.params:
+                order += [(p, step) for p in module.by_index]
                 for p in module.by_index:
-                    self.param_order.append((p, step))
                     p.uses.append(step)
                 before += module.numel
             self.elements_before.append(before)
-            self.place_after.append(len(self.param_order))
+            self.place_after.append(len(order))
 
     def _reused_soon(self, p: Sharded) -> bool:
         """Does a later module, less than ``stage3_max_reuse_distance`` elements on, use it?"""

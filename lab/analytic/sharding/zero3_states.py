@@ -24,7 +24,7 @@ GRADIENTS, TEMPORARIES = MemoryCategory.GRADIENTS, MemoryCategory.TEMPORARIES
 
 def shard_elements(params: list[Sharded]) -> int:
     """Elements of one rank's shards, padding included."""
-    return sum(p.shard_numel for p in params)
+    return sum([p.shard_numel for p in params])
 
 
 def sub_groups(params: list[Sharded], size: int) -> list[list[Sharded]]:
@@ -73,18 +73,18 @@ class ShardedStates:
         self.flat = new(shard_elements(params), size, "lp_param_buffer", PARAMETERS)
         _drop(tape.trace, shards)
         self.groups = sub_groups(params, options.sub_group_size)
+        self.numels = [shard_elements(group) for group in self.groups]
         self.optimizer = optimizer
         self.masters: list[Tensor] = []
         self.blocks = [[tuple(p.shard_numel for p in block) for block in by_block(group)] for group in self.groups]
         self.norms: dict[tuple[int, ...], Repeated] = {}  # by shards of a block: what their norms take for a moment
         converted: Tensor | None = None  # one sub-group's lives until the next one's is there
-        for group in self.groups:
+        for numel in self.numels:
             if master != size:
-                converted = new(shard_elements(group), master, "converted shards", MASTER)
-            self.masters.append(new(shard_elements(group), master, "fp32_partitioned_groups_flat", MASTER))
+                converted = new(numel, master, "converted shards", MASTER)
+            self.masters.append(new(numel, master, "fp32_partitioned_groups_flat", MASTER))
         del converted
-        largest = max(shard_elements(group) for group in self.groups)
-        new(largest, master, "gradient of initialize_optimizer_states", GRADIENTS)
+        new(max(self.numels), master, "gradient of initialize_optimizer_states", GRADIENTS)
         self.reducer = Reducer(tape, options, cfg.world_size, rank, size)
         self.gradients = new(shard_elements(params), size, "grad_partitions_flat_buffer", GRADIENTS)
 
@@ -96,8 +96,7 @@ class ShardedStates:
         scalars = self._norms()
         scalars.append(new(1, FP64, "total norm"))
         scalars.append(new(1, FP64, "global gradient norm"))
-        for index, group in enumerate(self.groups):
-            numel = shard_elements(group)
+        for index, (group, numel) in enumerate(zip(self.groups, self.numels, strict=True)):
             flat = new(numel, size, "flat gradient", GRADIENTS) if len(group) > 1 else None
             grad = new(numel, master, "gradient in the masters' type", GRADIENTS) if master != size else flat
             del flat
