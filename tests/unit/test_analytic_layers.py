@@ -11,10 +11,11 @@ from lab.analytic.decoder import Decoder
 from lab.analytic.layer_instructions import Hook, Instruction, Play, Rounds
 from lab.analytic.layer_rounds import RoundRecorder
 from lab.analytic.layers import repeat_layers, replay_steps
-from lab.analytic.segments import Pairs, Together, spelled_out
+from lab.analytic.segments import Pairs, Repeated, Together, spelled_out
 from lab.analytic.sharding import RULES
 from lab.analytic.sharding.accelerate import ACCELERATE_RULES
 from lab.analytic.sharding.hf_trainer import TRAINER_RULES
+from lab.analytic.sharding.zero_reduction import only_overflow
 from lab.analytic.step import Replay
 from lab.analytic.tape import ALLOC, EMPTY_CACHE, FREE, MARK, SEGMENT, Event, Storage, Trace
 from lab.analytic.timeline import Timeline, phases
@@ -78,6 +79,9 @@ CASES = [
     [GPU, "parallel=fsdp", "world_size=1", "train.gradient_accumulation_steps=2", "precision=fp16_mixed"],
     [GPU, "parallel=zero3", "world_size=2", BUCKETS, "parallel.zero.contiguous_gradients=false"],
     [CPU, "parallel=zero3", "world_size=1", "train.gradient_accumulation_steps=2"],
+    [GPU, "parallel=zero2", "world_size=2", "parallel.zero.reduce_bucket_size=40000"],
+    [GPU, "parallel=zero3", "world_size=2", "parallel.zero.reduce_bucket_size=40000"],
+    [GPU, "parallel=zero1", "world_size=2", "parallel.zero.overlap_comm=true", BUCKETS],
 ]  # fmt: skip
 
 
@@ -222,6 +226,49 @@ def test_rounds_of_hooks_are_kept_only_where_they_leave_nothing_behind() -> None
     assert rounds((FREE, *outside[1:])) is None
     assert rounds((ALLOC, 1000, *outside[2:])) is None
     assert rounds(*[(kind, 1000 + i, *outside[2:]) for i in range(2) for kind in (ALLOC, FREE)]) is None
+
+
+def test_what_is_repeated_goes_back_from_the_last_to_the_first() -> None:
+    """With and without shorthand; labels are those of the module that plays it."""
+
+    def run(trace: Trace) -> list[Event]:
+        made = [trace.allocate(n, MemoryCategory.PARAMETERS, f"shard of blocks.0.{n}") for n in (5, 700, 3)]
+        trace.free(made.pop(1))
+        return made
+
+    def events(shorthand: bool) -> list[Event]:
+        trace = Trace(512)
+        trace.shorthand = shorthand
+        trace.allocate(1, MemoryCategory.TEMPORARIES, "before")
+        repeated = Repeated(trace, run, "blocks.0")
+        for played in [repeated.play(trace, f"blocks.{block}") for block in (0, 12)]:
+            played.give_back(trace)
+        assert (SEGMENT in {e[0] for e in trace.events}) is shorthand
+        return spelled_out(trace.events, trace.segments)
+
+    assert events(True) == events(False)
+    freed = [(ident, nbytes, label) for kind, ident, nbytes, _, label, _ in events(True) if kind == FREE]
+    assert freed == [
+        *[(2, 1024, "shard of blocks.0.700"), (5, 1024, "shard of blocks.12.700")],
+        *[(3, 512, "shard of blocks.0.3"), (1, 512, "shard of blocks.0.5")],
+        *[(6, 512, "shard of blocks.12.3"), (4, 512, "shard of blocks.12.5")],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("filled", "numels", "found"),
+    [
+        (0, [3, 3, 3], None),  # all fit
+        (4, [3, 3, 3], 2),
+        (10, [3, 3, 3], 0),  # a full bucket is emptied before the first
+        (8, [3, 9, 3], None),  # emptied twice
+        (4, [3, 11, 3], None),  # the second never fits
+    ],
+)
+def test_the_gradient_that_empties_the_bucket_is_found_where_there_is_one(
+    filled: int, numels: list[int], found: int | None
+) -> None:
+    assert only_overflow(filled, numels, 10) == found
 
 
 def test_storages_resized_together_are_those_resized_one_by_one() -> None:
