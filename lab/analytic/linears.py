@@ -9,7 +9,7 @@ from typing import Protocol
 from lab.analytic.adapters import lora
 from lab.analytic.dora import MAGNITUDE, DoraLayer, dora
 from lab.analytic.ops import Ops, Parameter
-from lab.analytic.quantization import compute_itemsize, linear_4bit, linear_int8
+from lab.analytic.quantization import linear_4bit, linear_int8
 from lab.analytic.tape import Tensor
 from lab.config import RunConfig
 
@@ -33,7 +33,6 @@ class Linears:
 
     def __init__(self, cfg: RunConfig, ops: Ops, params: dict[str, Parameter], hooks: ModuleHooks) -> None:
         self.cfg, self.ops, self.p, self.hooks = cfg, ops, params, hooks
-        self.compute_itemsize = compute_itemsize(cfg.quantization)
 
     def __call__(self, x: Tensor, name: str, label: str, rows: int, plain: Plain | None = None) -> Tensor:
         """``plain``: a family's own layer in nn.Linear's place, as (x, name, label)."""
@@ -82,4 +81,4 @@ class Linears:
             return self.ops.linear(x, w, b, rows, label)
         if w.quantized.kind == "int8":
             return linear_int8(self.ops, x, w, b, rows, label)
-        return linear_4bit(self.ops, x, w, b, rows, label, self.compute_itemsize)
+        return linear_4bit(self.ops, x, w, b, rows, label, self.cfg.quantization)

@@ -46,6 +46,7 @@ class BitsAndBytes(Optimizer):
         self.paged = cfg.kind.startswith("paged_") and tape.trace.on_device_kernels
         self.tables: list[Tensor] = []
         self._pages = 0  # of managed memory
+        self.in_32_bits: frozenset[tuple[int, int]] = frozenset()  # GlobalOptimManager.index2config: (group, place)
         if self.bits == 8 and not tape.trace.on_device_kernels:
             self._make_tables(2)
 
@@ -58,12 +59,12 @@ class BitsAndBytes(Optimizer):
             return
         self.made.add(group)
         check_elements(self.cfg.kind, max((numel for numel, _ in params), default=0))
-        for numel, _ in params:
-            self._init_state(numel)
+        for i, (numel, _) in enumerate(params):
+            self._init_state(numel, 32 if (group, i) in self.in_32_bits else self.bits)
 
-    def _init_state(self, numel: int) -> None:
+    def _init_state(self, numel: int, bits: int) -> None:
         count, managed = self.states_per_tensor, self.paged and numel >= PAGED_FROM
-        eight = self.bits == 8 and numel >= self.cfg.min_8bit_size
+        eight = bits == 8 and numel >= self.cfg.min_8bit_size
         if eight and not self.tables:
             self._make_tables(count)
         size = UINT8 if eight else FP32

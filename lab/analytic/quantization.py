@@ -123,14 +123,23 @@ class Quantizer:
         return code
 
 
+def _cast(ops: Ops, x: Tensor, itemsize: int, label: str, other_half: bool) -> Tensor:
+    """x.to(dtype), a copy between bf16 and fp16 too (``other_half``)."""
+    if other_half and x.itemsize == itemsize == BF16:
+        return ops.unary(x, label, False, label + " gradient")
+    return ops.cast(x, itemsize, label)
+
+
 def linear_4bit(
-    ops: Ops, x: Tensor, w: Parameter, b: Parameter | None, rows: int, label: str, compute_size: int
+    ops: Ops, x: Tensor, w: Parameter, b: Parameter | None, rows: int, label: str, cfg: QuantizationConfig
 ) -> Tensor:
     """Linear4bit: x in the compute dtype, the product, its output back in x's type. Keeps nothing but the graph."""
     assert w.quantized is not None
+    compute_size = compute_itemsize(cfg)
+    other_half = ops.half_is_fp16 is not (cfg.compute_dtype == "fp16")
     tape, info, size_in = ops.tape, w.quantized, x.itemsize
     out_features, in_features = w.shape
-    a = ops.cast(x, compute_size, label + " input, compute copy")
+    a = _cast(ops, x, compute_size, label + " input, compute copy", other_half)
     if b is not None and b.tensor.itemsize != compute_size:  # bias.data = bias.data.to(...): for good
         narrow = ops.new(b.numel, compute_size, b.name, MemoryCategory.PARAMETERS)
         b.tensor = narrow
@@ -170,7 +179,7 @@ def linear_4bit(
         held.pop(0)
     y.node = node
     del node
-    out = ops.cast(y, size_in, label + ", input's type")
+    out = _cast(ops, y, size_in, label + ", input's type", other_half)
     del y
     del a  # x = x.to(self.compute_dtype) is a local of the module's forward
     return out

@@ -72,10 +72,10 @@ class Replay:
                 self._mark(StepPhase.OPTIMIZER_STEP, False)
             if trainer:
                 self.last_loss = loss.view()  # tr_loss_step, until the next training_step has returned
-                if not self.gpu and not self.done and not micro:
-                    self.kept.append(self.tape.new(1, FP32, "summed loss", MemoryCategory.LOGITS_AND_LOSS))
             del loss  # the loop's variable lives until here, and with it the graph
             self.tape.held_by_graph.clear()
+            if trainer and not self.gpu and not self.done and not micro:  # tr_loss + tr_loss_step
+                self.kept.append(self.tape.new(1, FP32, "summed loss", MemoryCategory.LOGITS_AND_LOSS))
         if not trainer:
             self._mark(StepPhase.OPTIMIZER_STEP, False)
         if not inside:

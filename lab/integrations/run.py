@@ -23,7 +23,7 @@ from lab.integrations.settings import Facts, Settings, resolved, trainer_setting
 from lab.launch import has_expandable_segments
 from lab.measure import gather, make_meter
 from lab.parallel.accelerate_engine import applied_state
-from lab.parallel.engine import quantized_tensors
+from lab.parallel.engine import optimizer_state_tensors, quantized_tensors
 from lab.parallel.replicated import await_watchdog, ddp_allocations, steps_with_first_bucket
 from lab.record import Prediction, StepMeasurement, write_json_atomic
 from lab.run_state import RunState
@@ -140,10 +140,8 @@ class TrainerRun:
             yield MemoryCategory.PARAMETERS, parameter.data
             if parameter.grad is not None:
                 yield MemoryCategory.GRADIENTS, parameter.grad
-        for state in getattr(self.optimizer, "state", {}).values():
-            for value in state.values():
-                if isinstance(value, Tensor) and value.device.type == self.device.type:
-                    yield MemoryCategory.OPTIMIZER_STATES, value
+        for value in optimizer_state_tensors(self.optimizer, self.device):
+            yield MemoryCategory.OPTIMIZER_STATES, value
 
     def begin_step(self) -> None:
         self.phases.begin_step(self.steps_begun)

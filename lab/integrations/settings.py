@@ -149,6 +149,10 @@ def _optimizer(args: Any, facts: Facts, strategy: str, out: Settings) -> None:
         out.assumed.append("DeepSpeed is given one parameter group; the Trainer's two are padded each for itself")
     out.overrides += [f"optimizer={kind}", f"optimizer.implementation={implementation}"]
     out.overrides.append(f"optimizer.weight_decay={args.weight_decay}")
+    if kind == "sgd":  # trainer_optimizer.py, _get_sgd: torch's own default but for optim_args
+        given = getattr(args, "optim_args", None) or ""
+        options = dict(option.replace(" ", "").split("=", 1) for option in given.split(",") if "=" in option)
+        out.overrides.append(f"optimizer.momentum={options.get('momentum', 0)}")
 
 
 def _model(args: Any, facts: Facts, out: Settings) -> None:

@@ -13,6 +13,7 @@ VIEW = "parallel.ddp.gradient_as_bucket_view=true"
 DDP = ["parallel=ddp", "world_size=1"]
 BF16_AND_FP32 = ["precision=bf16_pure", "adapter=lora", "adapter.train_embeddings=true"]
 FOREACH = ["optimizer.implementation=foreach"]
+FP16_PRODUCTS = ["quantization=nf4", "quantization.compute_dtype=fp16", "adapter.prepare_kbit=false"]
 POINTS = [
     # the first backward's gradients go into the bucket when it is over; the third step makes the buckets anew
     [*DDP, "parallel.ddp.static_graph=true", VIEW, "parallel.ddp.bucket_cap_mb=0.1"],
@@ -26,6 +27,8 @@ POINTS = [
     # foreach takes one type after the other: bf16 embeddings, fp32 adapters; one chunk's loss is the forward's peak
     [*BF16_AND_FP32, "optimizer=sgd", *FOREACH, "optimizer.weight_decay=0.1", "loss=chunked", "loss.num_chunks=1"],
     [*BF16_AND_FP32, "optimizer=adafactor", *FOREACH],
+    # bf16 and fp16 are two types of one size: bitsandbytes casts there and back
+    ["precision=bf16_pure", "adapter=lora", "adapter.target_modules=[k_proj]", *FP16_PRODUCTS, "loss=chunked"],
     # Accelerator.no_sync does nothing with one process; the first step is off, so this comes last
     [*DDP, "engine=accelerate", VIEW, "train.gradient_accumulation_steps=2"],
 ]

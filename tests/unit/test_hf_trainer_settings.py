@@ -82,6 +82,8 @@ def test_the_usual(tmp_path: Path) -> None:
         ({"max_grad_norm": 0.0}, {}, "train.max_grad_norm", None),
         ({"optim": "adamw_torch"}, {}, "optimizer.implementation", "for_loop"),
         ({"optim": SimpleNamespace(value="adamw_bnb_8bit")}, {}, "optimizer.kind", "adamw_8bit"),
+        ({"optim": "sgd"}, {}, "optimizer.momentum", 0.0),
+        ({"optim": "sgd", "optim_args": "nesterov=True, momentum=0.5"}, {}, "optimizer.momentum", 0.5),
         ({"gradient_checkpointing": True}, {}, "checkpointing.kind", "full"),
         ({"activation_checkpointing": True}, {}, "checkpointing.kind", "full"),
         ({}, {"attention": "eager"}, "attention.backend", "eager"),

@@ -28,6 +28,7 @@ from lab.track.select import select
 from lab.train import predict_first
 from lab.transforms.bnb_optimizers import check_sizes, managed_bytes, paged_notes
 from lab.vocab import MemoryCategory
+from tests.unit.hf_cases import hf_overrides, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -80,6 +81,15 @@ def test_min_8bit_size_is_a_setting() -> None:
     optimizer = made(load(["optimizer=adamw_8bit", "optimizer.min_8bit_size=100"]), gpu=True)
     optimizer.step([(100, 4), (99, 4)])
     assert bytes_of(optimizer)[1] == 2 * 1024 + 2 * (100 + 4) + 8 * 99
+
+
+def test_a_trainer_keeps_the_states_of_embeddings_in_32_bits(tmp_path: Path) -> None:
+    run = hf_overrides(write_config(tmp_path, "gpt2"), "optimizer=adamw_8bit", "hardware=cpu")
+    states = [
+        predict(load([*run, f"engine={e}"])).states[MemoryCategory.OPTIMIZER_STATES] for e in ("native", "hf_trainer")
+    ]
+    tokens, positions = 700 * 32, 128 * 32
+    assert states[1] - states[0] == sum((8 - 2) * n - 2 * 4 * -(-n // 256) for n in (tokens, positions))
 
 
 def test_lion_has_one_state_and_one_table() -> None:

@@ -11,8 +11,10 @@ from functools import cached_property
 
 from lab.analytic.architecture import ParameterSpec
 from lab.analytic.dora import MAGNITUDE
+from lab.analytic.families.inventory import PREFIX, embedding_module
 from lab.analytic.ops import Quantized
 from lab.analytic.optimizers import clip_gradients
+from lab.analytic.optimizers_8bit import BitsAndBytes
 from lab.analytic.sharding.accelerate import AccelerateDDP, AccelerateSingle
 from lab.analytic.sharding.base import PARAMETERS, Rule
 from lab.analytic.sharding.from_pretrained import Stored, from_pretrained
@@ -45,6 +47,20 @@ class _Clipped(Rule):
         if spec.quantized:
             return super().materialise(spec)
         return self.tape.new(spec.numel, self.itemsize_of(spec), spec.name, PARAMETERS), None
+
+    def build(self) -> None:
+        """create_optimizer tells bitsandbytes to keep the states of every nn.Embedding's weight in 32 bits.
+
+        Not under DeepSpeed: what its optimizer is given is no module's parameter.
+        """
+        super().build()
+        if isinstance(self.optimizer, BitsAndBytes):
+            self.optimizer.in_32_bits = frozenset(
+                (group, place)
+                for group, members in enumerate(self._groups())
+                for place, spec in enumerate(members)
+                if spec.name.rpartition(".")[0] in (embedding_module(self.cfg.model), f"{PREFIX}transformer.wpe")
+            )
 
     def optimizer_step(self) -> None:
         self.grad_norm = None
