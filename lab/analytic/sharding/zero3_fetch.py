@@ -171,18 +171,13 @@ class Coordinator:
         module = self.modules[name]
         if not forward:
             self.backward_modules.pop(module, None)
+        recomputed = module.take_recomputed() if module.recomputed and not forward else ()
         params = module.params
-        if params:
-            free = self._params_to_release(module) if self.trace_mode == "complete" else params
-            for p in params:
-                p.active.discard(name)
-            for p in free:
+        free = self._params_to_release(module) if self.trace_mode == "complete" and params else params
+        for p in (*params, *recomputed) if recomputed else params:
+            p.active.discard(name)
+            if p in free or (p in recomputed and not p.persist):
                 self._release(p)
-        if not forward and module.recomputed:
-            for p in module.take_recomputed():
-                p.active.discard(name)
-                if not p.persist:
-                    self._release(p)
 
     def _params_to_release(self, module: Module) -> list[Sharded]:
         """Decided once per module and place in the order, in the first pass over the complete trace (lru_cache)."""
