@@ -80,8 +80,8 @@ def test_residual_gradients_add_in_place_only_without_a_dispatch_mode(on_gpu: bo
     """x + f(x): both paths' gradients meet at x. Out of place under a mode (the CPU stand-in)."""
     tape = make(on_gpu)
     ops = Ops(tape)
-    first = ops._unary(Tensor(tape.new(10, 4, "x").storage, 10, 4, Accumulator("x")), "first", False, "g0")
-    y = ops._unary(first, "y", True, "gy")
+    first = ops.unary(Tensor(tape.new(10, 4, "x").storage, 10, 4, Accumulator("x")), "first", False, "g0")
+    y = ops.unary(first, "y", True, "gy")
     out = ops.add(first, y, "residual")
     loss = ops.scale(out, "loss")
     del first, y, out

@@ -71,15 +71,15 @@ def errors_of_all() -> list[PointError]:
 
 
 @pytest.mark.parametrize(
-    ("level", "worst"), [("allocated", 0.2), ("reserved", 3.5), ("device_used", 7.5), ("states", 0.25)]
+    ("level", "worst"), [("allocated", 0.2), ("reserved", 3.9), ("device_used", 3.6), ("states", 0.15)]
 )
-def test_every_record_but_ddps(level: str, worst: float) -> None:
-    """Three runs are beyond 3 % of device use: the pages of blind3 and hf_models name them."""
-    found = [abs(e.percent) for e in errors_of_all() if e.level == level and e.strategy != "ddp"]
-    assert len(found) >= 240
+def test_every_record(level: str, worst: float) -> None:
+    """One run, a blind one, is beyond 3 %: the page of h200_blind4 names it."""
+    found = [abs(e.percent) for e in errors_of_all() if e.level == level]
+    assert len(found) >= 320
     assert statistics.median(found) <= 0.01
     assert max(found) <= worst
-    assert sum(e > 3 for e in found) <= 3
+    assert sum(e > 3 for e in found) <= 1
 
 
 def test_most_are_right_to_the_byte() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lab.analytic import predict
 from lab.config import ConfigError, RunConfig, load
 from lab.integrations.settings import Facts, Settings, resolved, trainer_settings
 
@@ -41,6 +42,7 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
+DDP = {"world_size": 2, "distributed_type": "MULTI_CPU"}
 BF16 = {"parameter_dtype": "bfloat16"}
 NF4 = {
     "load_in_4bit": True,
@@ -98,6 +100,11 @@ def test_the_usual(tmp_path: Path) -> None:
         ({}, {"adapter": LORA, "quantization": {"load_in_8bit": True}}, "quantization.kind", "int8"),
         ({}, BF16, "engine.autocast", True),
         ({}, {"world_size": 2, "distributed_type": "MULTI_CPU"}, "parallel.strategy", "ddp"),
+        ({}, {**DDP, "ddp": {"bucket_cap_mb": 1.5}}, "parallel.ddp.bucket_cap_mb", 1.5),
+        ({}, {**DDP, "ddp": {"find_unused_parameters": False}}, "ddp_finds_unused", False),
+        ({}, DDP, "ddp_finds_unused", True),
+        ({"gradient_checkpointing": True}, DDP, "ddp_finds_unused", False),
+        ({"gradient_checkpointing": True}, {**DDP, "adapter": LORA}, "ddp_finds_unused", True),
     ],
 )
 def test_one_argument(
@@ -177,3 +184,18 @@ def test_the_pause_comes_once_when_the_first_step_is_over(monkeypatch: pytest.Mo
         run.begin_step()
         run.end_step()
     assert pauses == [run.device]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["model=125m", "parallel=zero1"], "model=125m: a Trainer's model is one of transformers'"),
+        (
+            ["model=hf", "model.path=configs/hf/gpt2.json", "model.random_weights=true", "parallel=fsdp"],
+            "parallel=fsdp: not modelled with engine=hf_trainer, which has single, ddp, zero1, zero2, zero3",
+        ),
+    ],
+)
+def test_what_a_trainer_cannot_be_predicted_with(overrides: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        predict(load(["engine=hf_trainer", "hardware=h200", "world_size=2", *overrides]))

@@ -9,7 +9,7 @@ from lab.analytic.sharding.hf_trainer import TRAINER_RULES
 from lab.analytic.sharding.replicated import DDP, Single
 from lab.analytic.sharding.zero import Zero1, Zero2
 from lab.analytic.sharding.zero3 import Zero3
-from lab.config import RunConfig
+from lab.config import ConfigError, RunConfig
 from lab.vocab import Strategy
 
 RULES: dict[Strategy, type[Rule]] = {
@@ -25,6 +25,10 @@ RULES: dict[Strategy, type[Rule]] = {
 
 
 def rule_of(cfg: RunConfig) -> type[Rule]:
-    """The rule of a run's strategy under its engine."""
+    """The rule of a run's strategy under its engine. Raises ConfigError where there is none."""
     rules = {"accelerate": ACCELERATE_RULES, "hf_trainer": TRAINER_RULES}.get(cfg.engine.kind, RULES)
-    return rules[Strategy.SINGLE if cfg.is_unwrapped_ddp else cfg.parallel.strategy]
+    strategy = Strategy.SINGLE if cfg.is_unwrapped_ddp else cfg.parallel.strategy
+    if strategy not in rules:
+        known = ", ".join(s.value for s in rules)
+        raise ConfigError("parallel", strategy.value, f"not modelled with engine={cfg.engine.kind}, which has {known}")
+    return rules[strategy]
