@@ -183,6 +183,7 @@ class EngineConfig:
     accelerate_config: str | None = None  # kind=accelerate: a config file of `accelerate launch`
     batch_tensors: int = 3  # kind=hf_trainer: int64 [b, s] tensors of one batch (input_ids, attention_mask, labels)
     attention_mask: bool = True  # kind=hf_trainer: one of them is a mask, without padding
+    find_unused_parameters: bool | None = None  # kind=hf_trainer: DDP's; null: as the Trainer asks for by itself
     input_gradients: bool = False  # kind=hf_trainer: enable_input_require_grads, as peft does for checkpointing
     autocast: bool = False  # kind=hf_trainer: autocast although the parameters are in half precision already
 
@@ -292,6 +293,18 @@ class RunConfig:
         """Accelerate puts no DDP around a model that one process trains on a GPU (accelerator.py, multi_device)."""
         alone = self.parallel.strategy is Strategy.DDP and self.world_size == 1
         return alone and self.engine.kind == "accelerate" and self.hardware.device_type == "cuda"
+
+    @property
+    def ddp_finds_unused(self) -> bool:
+        """Does transformers.Trainer tell DDP to look for unused parameters (_build_accelerator_args)?
+
+        By itself unless blocks are checkpointed; of a peft model, which is no PreTrainedModel, always.
+        """
+        if self.parallel.strategy is not Strategy.DDP or self.engine.kind != "hf_trainer":
+            return False
+        asked = self.engine.find_unused_parameters
+        by_itself = self.checkpointing.kind is Checkpointing.NONE or self.adapter.kind != "none"
+        return by_itself if asked is None else asked
 
     @property
     def memory_limit_bytes(self) -> int | None:

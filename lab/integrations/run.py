@@ -28,6 +28,7 @@ from lab.parallel.replicated import await_watchdog, ddp_allocations, steps_with_
 from lab.record import Prediction, StepMeasurement, write_json_atomic
 from lab.run_state import RunState
 from lab.track import RunFolder, new_run_id
+from lab.units import MIB
 from lab.vocab import MemoryCategory, RunStatus
 
 PROVISIONAL_SEQ_LEN = 1  # until the first batch is seen; nothing that the meter needs depends on it
@@ -96,6 +97,7 @@ class TrainerRun:
             quantization=_quantization(self.model),
             padded=mask is not None and not bool(mask.all()),
             release_first_bucket=self._release_first_bucket,
+            ddp=_ddp(self.model),
             expandable_segments=has_expandable_segments(self.device),
         )
         path = str(self.path / "model" / "config.json")
@@ -107,8 +109,7 @@ class TrainerRun:
     def start(self, optimizer: Any) -> None:
         self.optimizer = getattr(optimizer, "optimizer", optimizer)  # without Accelerate's wrapper
         self.meter.start()
-        # The Trainer keeps the wrapper to itself.
-        wrappers = [o for o in gc.get_objects() if type(o) is DistributedDataParallel and o.module is self.model]
+        wrappers = _wrappers(self.model)
         self.meter.set_live_tensors(self.live_tensors, lambda: (a for w in wrappers for a in ddp_allocations(w)))
         self._embedding_hook = self.model.get_input_embeddings().register_forward_hook(self._note_embedded)
         self.meter.build_done()
@@ -236,6 +237,25 @@ class TrainerRun:
             self._embedding_hook.remove()
         self.phases.end_step()
         self.meter.stop()
+
+
+def _wrappers(model: Any) -> list[DistributedDataParallel]:
+    """DDP around the model, if any: the Trainer keeps it to itself."""
+    return [o for o in gc.get_objects() if type(o) is DistributedDataParallel and o.module is model]
+
+
+def _ddp(model: Any) -> dict[str, Any]:
+    """What DDP was told, under its own names."""
+    return {
+        name: value
+        for wrapper in _wrappers(model)
+        for name, value in (
+            ("find_unused_parameters", wrapper.find_unused_parameters),
+            ("bucket_cap_mb", wrapper.bucket_bytes_cap / MIB),
+            ("broadcast_buffers", wrapper.broadcast_buffers),
+            ("static_graph", wrapper.static_graph),
+        )
+    }
 
 
 def _adapter(model: Any) -> dict[str, Any] | None:

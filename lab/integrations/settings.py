@@ -47,6 +47,7 @@ class Facts:
     quantization: Mapping[str, Any] | None = None  # config.quantization_config, as a dictionary
     padded: bool = False  # the first batch's attention_mask has zeros
     release_first_bucket: bool = False  # the callback waits for NCCL's watchdog after the first step
+    ddp: Mapping[str, Any] = field(default_factory=dict)  # the wrapper's settings, under DDP's own names
     expandable_segments: bool = False  # of PyTorch's allocator, as PYTORCH_ALLOC_CONF asked
 
 
@@ -102,6 +103,9 @@ def _strategy(facts: Facts, out: Settings) -> str:
     out.overrides.append(f"parallel={strategy}")
     if strategy == "ddp":  # the lab's own pause after the first step
         out.overrides.append(f"parallel.ddp.release_first_bucket={str(facts.release_first_bucket).lower()}")
+        for key, value in facts.ddp.items():
+            group = "engine" if key == "find_unused_parameters" else "parallel.ddp"
+            out.overrides.append(f"{group}.{key}={str(value).lower()}")
     if facts.expandable_segments:
         out.overrides.append("train.expandable_segments=true")
     if strategy == "fsdp":

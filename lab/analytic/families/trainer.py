@@ -13,11 +13,13 @@ from lab.analytic.families.inventory import PREFIX, embedding_module
 from lab.analytic.families.llama import Llama
 from lab.analytic.families.pieces import causal_lm_loss
 from lab.analytic.tape import BOOL, FP32, INT64, Accumulator, Tensor
-from lab.vocab import Checkpointing, MemoryCategory, Strategy
+from lab.vocab import MemoryCategory
 
 
 class TrainerDecoder(HFDecoder):
     """compute_loss: ``outputs = model(**inputs)``, of which the loss is returned and the rest dropped."""
+
+    begun = False  # a forward has run
 
     def _check_packed(self) -> None:
         """A mask without padding is made bool, found to be all ones and dropped; without one, as everywhere."""
@@ -70,9 +72,12 @@ class TrainerDecoder(HFDecoder):
         return loss
 
     def _copied_by_ddp(self) -> bool:
-        """DDP that looks for unused parameters clones every output (torch/nn/parallel/distributed.py, _DDPSink)."""
-        cfg = self.cfg
-        return cfg.parallel.strategy is Strategy.DDP and cfg.checkpointing.kind is Checkpointing.NONE
+        """DDP that looks for unused parameters clones every output (torch/nn/parallel/distributed.py, _DDPSink).
+
+        With a static graph, which it finds in the first backward, none but the first forward's.
+        """
+        first, self.begun = not self.begun, True
+        return first if self.cfg.parallel.ddp.static_graph else self.cfg.ddp_finds_unused
 
 
 class TrainerLlama(TrainerDecoder, Llama):

@@ -1,8 +1,8 @@
 """engine=hf_trainer: Accelerate's rules with what transformers.Trainer's loop holds (5.23, trainer.py, _run_epoch).
 
 The gradient norm that clipping returns lives until the next one is made: it may be logged. DDP is told to look for
-unused parameters unless blocks are checkpointed (_build_accelerator_args); its buckets are then made at construction
-and never again (distributed.py, _ddp_init_helper; reducer.hpp, should_rebuild_buckets).
+unused parameters (``RunConfig.ddp_finds_unused``) or not: if it is, its buckets are then made at construction
+and never again (distributed.py, _ddp_init_helper; reducer.hpp, should_rebuild_buckets), beside maps of what was used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lab.analytic.sharding.from_pretrained import Stored, from_pretrained
 from lab.analytic.sharding.zero import Zero1, Zero2
 from lab.analytic.sharding.zero3 import Zero3
 from lab.analytic.tape import Tensor
-from lab.vocab import Checkpointing, Strategy
+from lab.vocab import Strategy
 
 
 class _Clipped(Rule):
@@ -88,10 +88,14 @@ class TrainerSingle(_Clipped, AccelerateSingle):
 
 
 class TrainerDDP(_Clipped, AccelerateDDP):
-    """DDP with find_unused_parameters unless blocks are checkpointed."""
+    """DDP, told to look for unused parameters or not."""
+
+    @property
+    def counts_used(self) -> bool:
+        return self.cfg.ddp_finds_unused or super().counts_used
 
     def first_buckets(self) -> list[Tensor]:
-        if self.cfg.checkpointing.kind is not Checkpointing.NONE:
+        if self.cfg.parallel.ddp.static_graph or not self.cfg.ddp_finds_unused:
             return super().first_buckets()
         self.rebuilt = True  # as they stay
         return self._buckets(self.trained, self.bucket_caps())

@@ -50,11 +50,17 @@ class DDP(Rule):
         self.reduced = 0  # elements of gradients that came since the buckets were made anew
         self.begun = 0  # steps
         self.used: list[Tensor] = []
-        if self.cfg.parallel.ddp.static_graph:  # initialize_local_used_map: one on the host, one on the device
+        if self.cfg.parallel.ddp.static_graph:
             self.repeats_from = self.steady_step = 3
+        if self.counts_used:  # initialize_local_used_map: one on the host, one on the device
             maps = 1 if self.tape.trace.on_device_kernels else 2
             category = MemoryCategory.COMM_BUFFERS
             self.used = [self.tape.new(len(self.trained), 4, "DDP used-parameter map", category) for _ in range(maps)]
+
+    @property
+    def counts_used(self) -> bool:
+        """Is there a map of the parameters that were used (reducer.cpp, the constructor)?"""
+        return self.cfg.parallel.ddp.static_graph
 
     def first_buckets(self) -> list[Tensor]:
         """One for everything: what no unused parameters are looked for is made anew anyway."""
