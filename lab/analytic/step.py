@@ -92,11 +92,13 @@ class Replay:
     def _scaled(self, loss: Tensor) -> list[Tensor]:
         """The loss over the micro-steps, times the loss scale: backward starts from the last.
 
-        DeepSpeed does both always and keeps the first until its backward returns (engine.py, backward).
+        DeepSpeed does both always and keeps the first until its backward returns (engine.py, backward); the Trainer
+        tells it to leave out the first (trainer.py, training_step: scale_wrt_gas).
         """
         ops, roots = self.ops, [loss]
         if self.rule.deepspeed:
-            roots.append(ops.scale(loss, "loss over micro-steps"))
+            if self.cfg.engine.kind != "hf_trainer":
+                roots.append(ops.scale(loss, "loss over micro-steps"))
             roots.append(ops.scale(roots[-1], "scaled loss"))
             return roots
         if self.cfg.train.gradient_accumulation_steps > 1 or self.rule.always_divides_loss:
