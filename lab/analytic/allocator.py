@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lab.analytic.driver import DriverAddresses
-from lab.analytic.tape import ALLOC, EMPTY_CACHE, FREE, Event
+from lab.analytic.tape import ALLOC, EMPTY_CACHE, FREE, IN_USE, Event
 from lab.units import MIB
 
 MIN_BLOCK = 512
@@ -192,11 +192,24 @@ def simulate(
     allocator = made_by(limit_bytes)
     malloc, release = allocator.malloc, allocator.release
     live: dict[int, Block] = {}
+    in_use: list[Block] = []  # freed, but another stream is not done with them
     block_bytes, allocated, reserved = [0] * num_storages, [], []
     for i, (kind, ident, nbytes, _, _, stream) in enumerate(events):
         if kind == ALLOC:
-            live[ident] = block = malloc(nbytes, stream, i)
+            try:
+                block = malloc(nbytes, stream, i)
+            except OutOfMemory:  # before that PyTorch waits for the other streams (synchronize_and_free_events)
+                if not in_use:
+                    raise
+                _join(allocator, in_use)
+                block = malloc(nbytes, stream, i)
+            live[ident] = block
             block_bytes[ident] = block.size
+            if in_use and stream == in_use[0].stream:
+                _join(allocator, in_use)
+        elif kind == FREE and stream == IN_USE:
+            in_use.append(live.pop(ident))
+            allocator.allocated_bytes -= in_use[-1].size
         elif kind == FREE:
             release(live.pop(ident))
         elif kind == EMPTY_CACHE:
@@ -204,3 +217,8 @@ def simulate(
         allocated.append(allocator.allocated_bytes)
         reserved.append(allocator.reserved_bytes)
     return Simulation(block_bytes, allocated, reserved, allocator)
+
+
+def _join(allocator: Allocator, blocks: list[Block]) -> None:
+    while blocks:
+        allocator.join(blocks.pop())

@@ -29,10 +29,12 @@ if TYPE_CHECKING:
 FP32, BF16, INT64, BOOL = 4, 2, 8, 1  # bytes per element; fp16's are bf16's
 
 ALLOC, FREE, MOVE, MARK, EMPTY_CACHE, SEGMENT = 0, 1, 2, 3, 4, 5
+IN_USE = 1
 Event = tuple[int, int, int, str, str, int]
 """(kind, storage id, bytes, category or mark, label, stream).
 
-FREE repeats the bytes, the category at that time and the label; MOVE the bytes, with the new category, and the old one
+FREE repeats the bytes, the category at that time and the label; its last field is IN_USE where the block comes back to
+its pool only after its stream's next allocation; MOVE the bytes, with the new category, and the old one
 as its label. So each event says by how much it changes which sum. SEGMENT stands for a run of events
 (``lab.analytic.segments``), only where ``Trace.shorthand`` allows it: (SEGMENT, first id, index in ``Trace.segments``,
 module, "", 0).

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lab.analytic.allocator import Allocator, OutOfMemory, simulate
-from lab.analytic.tape import ALLOC, FREE, Event
+from lab.analytic.tape import ALLOC, FREE, IN_USE, Event
 from lab.units import MIB
 
 DATA = Path(__file__).parent / "data"
@@ -79,6 +79,21 @@ def test_unused_segments_are_returned_before_running_out() -> None:
     assert (a.num_retries, a.reserved_bytes) == (1, 32 * MIB)
     with pytest.raises(OutOfMemory):
         a.malloc(10 * MIB)
+
+
+def test_a_block_that_another_stream_uses_comes_back_after_the_next_allocation() -> None:
+    """It is not allocated any more, and not there for the next request either; the one after that has it."""
+
+    def size(kind: int, ident: int, stream: int) -> Event:
+        return kind, ident, 40 * MIB, "", "", stream
+
+    taken = [size(ALLOC, 0, 1), size(FREE, 0, IN_USE), size(ALLOC, 1, 0), size(ALLOC, 2, 1), size(ALLOC, 3, 1)]
+    run = simulate(taken, 4)
+    assert [n // MIB for n in run.allocated] == [40, 0, 40, 80, 120]
+    assert [n // MIB for n in run.reserved] == [40, 40, 80, 120, 120]
+    assert simulate(taken[:4], 3, 80 * MIB).reserved[-1] == 80 * MIB  # rather than run out it waits for the block
+    done = simulate([taken[0], size(FREE, 0, 0), *taken[2:]], 4)
+    assert [n // MIB for n in done.reserved] == [40, 40, 80, 80, 120]
 
 
 def test_simulation_reports_blocks_and_reserved_bytes_per_event() -> None:

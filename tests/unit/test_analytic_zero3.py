@@ -12,7 +12,7 @@ from lab.analytic.architecture import ParameterSpec, num_parameters
 from lab.analytic.decoder import Decoder
 from lab.analytic.sharding.zero3 import Zero3
 from lab.analytic.step import Replay
-from lab.analytic.tape import ALLOC, BF16, FREE, INT64
+from lab.analytic.tape import ALLOC, BF16, FREE, IN_USE, INT64
 from lab.analytic.timeline import spans_of, totals
 from lab.config import RunConfig, load
 from lab.vocab import MemoryCategory, StepPhase
@@ -272,3 +272,21 @@ def test_1b_on_two_gpus(checkpointing: str, after_forward: int, peak: int) -> No
     assert steady.phases[StepPhase.FORWARD].end.total_bytes / mib == pytest.approx(after_forward, rel=1e-3)
     assert steady.allocated_bytes / mib == pytest.approx(peak, rel=1e-3)
     assert steady.phases[StepPhase.OPTIMIZER_STEP].end.total_bytes / mib == pytest.approx(8_292, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "late"),
+    [
+        ([], 0),
+        (["train.gradient_accumulation_steps=3"], 2),
+        (["train.gradient_accumulation_steps=3", "parallel.zero.overlap_comm=false"], 0),
+    ],
+)
+def test_the_embeddings_gather_is_in_use_where_a_micro_step_follows(overrides: list[str], late: int) -> None:
+    """Nobody waits for the GPU between micro-steps; after the last one the norm is read."""
+    replay = Replay(load(["parallel=zero3", "world_size=2", "hardware=h200", "model=25m", *overrides]))
+    replay.build()
+    for _ in range(2):
+        replay.step()
+    found = [label for kind, _, _, _, label, last in replay.trace.events if kind == FREE and last == IN_USE]
+    assert found == ["gathered embedding.weight"] * (2 * late)

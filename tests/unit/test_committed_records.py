@@ -71,15 +71,13 @@ def errors_of_all() -> list[PointError]:
 
 
 @pytest.mark.parametrize(
-    ("level", "worst"), [("allocated", 0.2), ("reserved", 3.9), ("device_used", 3.6), ("states", 0.15)]
+    ("level", "worst"), [("allocated", 0.2), ("reserved", 3.0), ("device_used", 2.7), ("states", 0.15)]
 )
 def test_every_record(level: str, worst: float) -> None:
-    """One run, a blind one, is beyond 3 %: the page of h200_blind4 names it."""
     found = [abs(e.percent) for e in errors_of_all() if e.level == level]
     assert len(found) >= 320
     assert statistics.median(found) <= 0.01
     assert max(found) <= worst
-    assert sum(e > 3 for e in found) <= 1
 
 
 def test_most_are_right_to_the_byte() -> None:

@@ -41,7 +41,7 @@ from lab.analytic.sharding.zero3_fetch import Coordinator
 from lab.analytic.sharding.zero3_gather import Gatherer, Sharded
 from lab.analytic.sharding.zero3_states import ShardedStates
 from lab.analytic.sharding.zero_reduction import only_overflow
-from lab.analytic.tape import FP32, Event, Grads, Node, Tape, Tensor, Trace
+from lab.analytic.tape import FP32, FREE, IN_USE, MARK, Event, Grads, Node, Tape, Tensor, Trace
 from lab.config import RunConfig
 
 BASE = ".base_layer"  # peft's name for the module that an adapted one stands around
@@ -239,6 +239,24 @@ class Zero3(DeepSpeedRule):
         """engine._backward_epilogue, after every micro-step."""
         self.states.reducer.reduce()
         self.coordinator.release_backward_leftovers()
+        if not self.last_micro_step and self.gatherer.stream:
+            self._last_gather_is_in_use()
+
+    def _last_gather_is_in_use(self) -> None:
+        """Backward's last release is of what the next forward gathers first, the embedding, and nobody waits between.
+
+        The block was used on the compute stream (partition_parameters.py, free_param: record_stream), where its
+        gradient is still to be made when the host asks for the next one: that one is another block. After the last
+        micro-step the gradient norm is read, so the GPU is done.
+        """
+        events = self.tape.trace.events
+        for i in range(len(events) - 1, -1, -1):
+            kind, ident, nbytes, category, label, _ = events[i]
+            if kind == FREE and label.startswith("gathered "):
+                events[i] = (FREE, ident, nbytes, category, label, IN_USE)
+                return
+            if kind == MARK:
+                return
 
     def optimizer_step(self) -> None:
         """DeepSpeedZeroOptimizer_Stage3.step: partition everything, update, gather the persistent parameters."""
