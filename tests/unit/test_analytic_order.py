@@ -26,6 +26,7 @@ from lab.config import RunConfig, load, run_config_from_json
 from lab.track.bundle import read_records
 from lab.units import MIB
 from lab.vocab import MemoryCategory
+from tests.unit.hf_cases import hf_overrides, write_config
 
 DATA = Path(__file__).parent / "data"
 
@@ -160,6 +161,36 @@ def test_hsdp_holds_what_was_summed_over_replicas_until_backward_ends() -> None:
         live += {ALLOC: nbytes, FREE: -nbytes}.get(kind, 0) if label == "FSDP sharded gradient" else 0
         most = max(most, live)
     assert most == 2 * sum(s.numel * 4 for s in replay.rule.trained)
+
+
+def trainers_events(folder: Path, family: str, *options: str) -> list[Event]:
+    """A Trainer's first step with a peft model whose blocks are checkpointed, until its first forward is over."""
+    run = hf_overrides(
+        write_config(folder, family), "engine=hf_trainer", "checkpointing=full", "adapter=lora", *options
+    )
+    replay = Replay(load([*run, "engine.input_gradients=true", "hardware=h200"]))
+    replay.build()
+    replay.step()
+    events = replay.trace.events
+    return events[: next(i for i, e in enumerate(events) if e[3] == "0/forward/end")]
+
+
+def test_a_trainers_leaf_is_what_gemmas_embedding_has_scaled(tmp_path: Path) -> None:
+    live = {}
+    for kind, ident, _, _, label, _ in trainers_events(tmp_path, "gemma"):
+        if kind == ALLOC:
+            live[ident] = label
+        elif kind == FREE:
+            live.pop(ident, None)
+    kept = [label for label in live.values() if label.startswith("embedding") and label != "embedding scale"]
+    assert kept == ["embedding scaled"]
+
+
+def test_ddp_around_a_peft_model_clones_its_logits(tmp_path: Path) -> None:
+    for options, copied in ((["parallel=ddp"], True), (["parallel=ddp", "engine.find_unused_parameters=false"], False)):
+        made = {e[4] for e in trainers_events(tmp_path, "llama", *options, "world_size=2") if e[0] == ALLOC}
+        assert ("DDP's copy of the logits" in made) is copied
+        assert ("DDP used-parameter map" in made) is copied
 
 
 def test_the_first_bucket_goes_before_the_second_ones_come_or_with_the_first_reduction() -> None:

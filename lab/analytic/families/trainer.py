@@ -33,9 +33,13 @@ class TrainerDecoder(HFDecoder):
         del total, mask
 
     def _embedding(self, name: str, rows: int, indices: Tensor | None = None) -> Tensor:
-        """enable_input_require_grads makes the tokens' embeddings leaves; the graph keeps them and their gradient."""
         x = super()._embedding(name, rows, indices)
-        if x.node is not None or not self.cfg.engine.input_gradients or name != embedding_module(self.cfg.model):
+        scales = self.cfg.model.family == "gemma"  # in the embedding's own forward: see TrainerLlama
+        return x if scales or name != embedding_module(self.cfg.model) else self._as_leaf(x)
+
+    def _as_leaf(self, x: Tensor) -> Tensor:
+        """enable_input_require_grads makes the embedding's output a leaf; the graph keeps it and its gradient."""
+        if x.node is not None or not self.cfg.engine.input_gradients:
             return x
         leaf, tape = x.view(node=Accumulator("input embeddings")), self.ops.tape
         accumulator = leaf.node
@@ -48,7 +52,7 @@ class TrainerDecoder(HFDecoder):
             accumulator.grad = accumulator.on_grad = None
 
         accumulator.on_grad = hold
-        return self.hooks.leaf(name, leaf)
+        return self.hooks.leaf(embedding_module(self.cfg.model), leaf)
 
     def forward(self) -> Tensor:
         ops, hooks, name = self.ops, self.hooks, PREFIX[:-1]
@@ -82,6 +86,11 @@ class TrainerDecoder(HFDecoder):
 
 class TrainerLlama(TrainerDecoder, Llama):
     """Llama and its kin."""
+
+    def _embed(self) -> Tensor:
+        """Gemma's embedding scales what it has looked up (GemmaTextScaledWordEmbedding)."""
+        x = super()._embed()
+        return self._as_leaf(x) if self.cfg.model.family == "gemma" else x
 
 
 class TrainerGPT2(TrainerDecoder, GPT2):
