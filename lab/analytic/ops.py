@@ -90,8 +90,10 @@ class Ops(BaseOps):
             y = self.new(numel, itemsize, label)
         else:
             mask = self.new(numel, itemsize, label + " noise")
+        node = tape.node([x], lambda _: [tape.new(numel, itemsize, label + " gradient")], [mask])
+        if not tape.trace.on_device_kernels:  # the noise is an input of the product: kept before that is made
             y = self.new(numel, itemsize, label)
-        y.node = tape.node([x], lambda _: [tape.new(numel, itemsize, label + " gradient")], [mask])
+        y.node = node
         return y
 
     # -- linear ------------------------------------------------------------------------------
