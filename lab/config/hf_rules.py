@@ -11,11 +11,9 @@ from lab.vocab import AttentionBackend, Checkpointing
 
 
 def check_hf(cfg: RunConfig) -> None:
-    """Raise ConfigError for the first rule that a ``model=hf`` run breaks, or one that should be."""
+    """Raise ConfigError for the first rule that a ``model=hf`` run breaks."""
     model = cfg.model
     if model.family == "lab":
-        if cfg.engine.kind == "hf_trainer":
-            raise ConfigError("model", model.name, "a Trainer's model is one of transformers': model=hf")
         return
     if find_spec("transformers") is None:
         raise ConfigError("model", "hf", "needs the transformers library: pip install transformers")

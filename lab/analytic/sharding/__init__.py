@@ -27,6 +27,8 @@ RULES: dict[Strategy, type[Rule]] = {
 def rule_of(cfg: RunConfig) -> type[Rule]:
     """The rule of a run's strategy under its engine. Raises ConfigError where there is none."""
     rules = {"accelerate": ACCELERATE_RULES, "hf_trainer": TRAINER_RULES}.get(cfg.engine.kind, RULES)
+    if cfg.engine.kind == "hf_trainer" and cfg.model.family == "lab":
+        raise ConfigError("model", cfg.model.name, "a Trainer's model is one of transformers': model=hf")
     strategy = Strategy.SINGLE if cfg.is_unwrapped_ddp else cfg.parallel.strategy
     if strategy not in rules:
         known = ", ".join(s.value for s in rules)
