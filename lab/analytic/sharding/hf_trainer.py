@@ -42,7 +42,8 @@ class _Clipped(Rule):
     def materialise(self, spec: ParameterSpec) -> tuple[Tensor, Quantized | None]:
         """The weights come from the host as they are, quantized ones through ``from_pretrained``."""
         if self._loads_quantized:
-            self.loaded = self.loaded or from_pretrained(self)
+            if self.loaded is None:
+                self.loaded = from_pretrained(self)
             return self.loaded.pop(spec.name)
         if spec.quantized:
             return super().materialise(spec)
