@@ -243,16 +243,16 @@ class Zero3(DeepSpeedRule):
             self._last_gather_is_in_use()
 
     def _last_gather_is_in_use(self) -> None:
-        """Backward's last release is of what the next forward gathers first, the embedding, and nobody waits between.
+        """Backward releases a trained embedding last, the next forward gathers it first, and nobody waits between.
 
         The block was used on the compute stream (partition_parameters.py, free_param: record_stream), where its
         gradient is still to be made when the host asks for the next one: that one is another block. After the last
         micro-step the gradient norm is read, so the GPU is done.
         """
-        events = self.tape.trace.events
+        events, embedding = self.tape.trace.events, self.sharded[self.specs[0].name].label
         for i in range(len(events) - 1, -1, -1):
             kind, ident, nbytes, category, label, _ = events[i]
-            if kind == FREE and label.startswith("gathered "):
+            if kind == FREE and label == embedding:
                 events[i] = (FREE, ident, nbytes, category, label, IN_USE)
                 return
             if kind == MARK:
