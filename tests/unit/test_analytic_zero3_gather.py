@@ -38,16 +38,16 @@ class Model:
         start = len(self.tape.trace.events)
         self.coordinator.reset_step()
         for name in "abc":
-            self.coordinator.fetch(name, forward=True)
-            self.coordinator.release(name, forward=True)
+            self.coordinator.fetch(self.coordinator.modules[name], forward=True)
+            self.coordinator.release(self.coordinator.modules[name], forward=True)
         return self.new_elements(start)
 
     def backward(self) -> list[tuple[str, int]]:
         start = len(self.tape.trace.events)
         for name in "cba":
-            self.coordinator.fetch(name, forward=False)
+            self.coordinator.fetch(self.coordinator.modules[name], forward=False)
             if name != "a":  # its input needs no gradient
-                self.coordinator.release(name, forward=False)
+                self.coordinator.release(self.coordinator.modules[name], forward=False)
         self.coordinator.release_backward_leftovers()
         return self.new_elements(start)
 
@@ -85,7 +85,7 @@ def test_flat_buffer_lives_until_the_last_of_its_parameters_is_used() -> None:
     model.coordinator.reset_step()
     sizes = []
     for name in "abc":
-        model.coordinator.fetch(name, forward=True)
+        model.coordinator.fetch(model.coordinator.modules[name], forward=True)
         sizes.append(totals(model.tape.trace.events)[-1] // BF16)
     assert sizes == [12 + 56, 12 + 56 + 21 + 31, 12 + 21 + 31]
 

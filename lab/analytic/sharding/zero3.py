@@ -61,7 +61,6 @@ class Zero3(DeepSpeedRule):
         self.gatherer = Gatherer(tape, self.world, 0 if self.options.overlap_comm is False else ALL_GATHER_STREAM)
         self.of_unit: list[list[Sharded]] = []  # the blocks', then the root's
         self.trained_numel: list[int] = []  # theirs
-        self.grads_remaining: dict[str, int] = {}
 
     def ranks(self) -> list[int]:
         """All ranks hold the same, padding included; reductions without reduce-scatter take most on the last one."""
@@ -87,6 +86,7 @@ class Zero3(DeepSpeedRule):
             head, embedding = tied_modules(self.cfg.model)
             members[head] = members[embedding]
         self.coordinator = Coordinator(self.gatherer, self.options, members)
+        self.modules = self.coordinator.modules
         self.gatherer.visit(ordered)  # create_reduce_and_remove_grad_hooks gathers each for a moment
 
     def _module(self, name: str) -> str:
@@ -142,7 +142,7 @@ class Zero3(DeepSpeedRule):
     def enter_source(self, module: str) -> None:
         if not module:
             self.coordinator.reset_step()
-        self.coordinator.fetch(module, forward=True)
+        self.coordinator.fetch(self.modules[module], forward=True)
 
     def enter(self, module: str, x: Tensor) -> Tensor:
         """PostBackwardFunctionModule on the input says when its gradient is there."""
@@ -169,11 +169,12 @@ class Zero3(DeepSpeedRule):
         return y if y.node is None else y.view(node=Node(self.tape, [y], backward))
 
     def before_forward(self, module: str, differentiable: bool) -> None:
-        self.coordinator.fetch(module, forward=True)
-        self.grads_remaining[module] = 1 if differentiable else 0
+        entered = self.modules[module]
+        self.coordinator.fetch(entered, forward=True)
+        entered.grads_remaining = 1 if differentiable else 0
 
     def after_forward(self, module: str) -> None:
-        self.coordinator.release(module, forward=True)
+        self.coordinator.release(self.modules[module], forward=True)
         if module.endswith(BASE) and (missing := self._read_around(module)):
             self.gatherer.all_gather([missing])
 
@@ -184,20 +185,21 @@ class Zero3(DeepSpeedRule):
         return read if self.coordinator.read_outside(adapted, read) else None
 
     def before_backward(self, module: str) -> None:
-        self.coordinator.fetch(module, forward=False)
+        self.coordinator.fetch(self.modules[module], forward=False)
 
     def after_backward(self, module: str) -> None:
-        self.grads_remaining[module] -= 1
-        if self.grads_remaining[module] == 0:
-            self.coordinator.release(module, forward=False)
+        left = self.modules[module]
+        left.grads_remaining -= 1
+        if left.grads_remaining == 0:
+            self.coordinator.release(left, forward=False)
 
     def hooks_repeat(self, block: int) -> bool:
         return self.coordinator.untouched(self.of_unit[block])
 
     def count_hooks(self, block: str, hooks: Sequence[Hook | Pass]) -> None:
         """In the pass that records the order: what the four functions above do beside gathering and releasing."""
-        coordinator, remaining = self.coordinator, self.grads_remaining
-        modules, order, in_backward = coordinator.modules, coordinator.submodules, coordinator.backward_modules
+        coordinator, modules = self.coordinator, self.modules
+        order, in_backward = coordinator.submodules, coordinator.backward_modules
         for hook in hooks:
             name = block + hook.module
             if isinstance(hook, Pass):
@@ -206,13 +208,14 @@ class Zero3(DeepSpeedRule):
                     order.append(module)
                     in_backward[module] = None
                 else:
-                    remaining[name] -= 1
-                    if not remaining[name]:
+                    module.grads_remaining -= 1
+                    if not module.grads_remaining:
                         in_backward.pop(module, None)
                         module.recomputed.clear()
             elif hook.entering:
-                order.append(modules[name])
-                remaining[name] = 1 if hook.needs_gradient else 0
+                module = modules[name]
+                order.append(module)
+                module.grads_remaining = 1 if hook.needs_gradient else 0
             elif name.endswith(BASE):
                 self._read_around(name)
         coordinator.step_id = len(order)

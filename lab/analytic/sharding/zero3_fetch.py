@@ -19,18 +19,19 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from lab.analytic.sharding.zero3_gather import AVAILABLE, NEVER, NOT_AVAILABLE, Gatherer, Sharded
+from lab.analytic.sharding.zero3_gather import AVAILABLE, INFLIGHT, NEVER, NOT_AVAILABLE, Gatherer, Sharded
 from lab.config import ZeroOptions
 
 
 class Module:
     """A module and the parameters that it holds directly or reads of another module's (iter_params)."""
 
-    __slots__ = ("by_index", "name", "numel", "params", "recomputed", "to_release")
+    __slots__ = ("by_index", "grads_remaining", "name", "numel", "params", "recomputed", "to_release")
 
     def __init__(self, name: str, params: list[Sharded]) -> None:
         self.name, self.params, self.numel = name, params, sum([p.numel for p in params])
         self.by_index = sorted(params, key=lambda p: p.index)
+        self.grads_remaining = 0  # ds_grads_remaining, of its inputs
         self.recomputed: dict[Sharded, None] = {}  # ds_recompute_parameters
         self.to_release: dict[int, list[Sharded]] = {}  # lru_cache of params_to_release, by place in the order
 
@@ -58,6 +59,7 @@ class Coordinator:
 
     def __init__(self, gatherer: Gatherer, options: ZeroOptions, members: dict[str, list[Sharded]]) -> None:
         self.gatherer, self.options = gatherer, options
+        self.max_live = options.stage3_max_live_parameters
         self.modules = _Modules((name, Module(name, params)) for name, params in members.items())
         self.params = list(dict.fromkeys(p for params in members.values() for p in params))
         self.trace_mode = "invalid"  # then "record", then "complete"
@@ -103,41 +105,41 @@ class Coordinator:
 
     # -- fetch -----------------------------------------------------------------------------------
 
-    def fetch(self, name: str, forward: bool) -> None:
+    def fetch(self, module: Module, forward: bool) -> None:
         """fetch_sub_module: gather what the module needs now, wait for it, prefetch what comes next."""
-        module, step, recording = self.modules[name], self.step_id, self.trace_mode == "record"
+        step, recording = self.step_id, self.trace_mode == "record"
         self.step_id = step + 1
         if recording:
             self.submodules.append(module)
         assert self.submodules[step] is module, "DeepSpeed would drop its trace and record again"
         if not forward:
             self.backward_modules[module] = None
-        params = module.params
-        if params:
-            self._gather(name, params)
+        if module.params:
+            self._gather(module)
             if forward and self.backward_modules:  # which is empty outside backward
-                self._recompute(params)
+                self._recompute(module.params)
         if recording:
             return
         after = self.place_after[step]
         if self.place < after:  # takes the module's own parameters off the queue, unless a prefetch has
             self.place = after
-        room = self.options.stage3_max_live_parameters - self.num_available
+        room = self.max_live - self.num_available
         if room > 0 and self.place < len(self.param_order):
-            self._prefetch(min(room, self.options.stage3_prefetch_bucket_size))
+            self._prefetch(room)
 
-    def _gather(self, module: str, params: Sequence[Sharded]) -> None:
-        gatherer = self.gatherer
-        missing = [p for p in params if p.status is NOT_AVAILABLE]
-        if len(missing) == 1:
-            gatherer.gather_alone(missing[0])
-            self.num_available += missing[0].numel
-        elif missing:
-            self.num_available += gatherer.start(missing)
+    def _gather(self, module: Module) -> None:
+        gatherer, params = self.gatherer, module.params
         inflight = gatherer.inflight
+        missing = [p for p in params if p.status is NOT_AVAILABLE]
+        if missing:
+            self.num_available += sum([p.numel for p in missing])
+            if len(missing) == 1:
+                gatherer.gather_alone(missing[0])
+            else:
+                gatherer.start(missing)
         for p in params:
             p.active.add(module)
-            if p in inflight:
+            if p in inflight:  # where it may be available already: another one's wait has brought it
                 gatherer.wait(p)
 
     def _recompute(self, params: Sequence[Sharded]) -> None:
@@ -146,47 +148,60 @@ class Coordinator:
         for p in params:
             if not p.parameter.trainable:
                 owner.recomputed[p] = None
-                p.active.add(owner.name)
+                p.active.add(owner)
 
     def _prefetch(self, room: int) -> None:
-        """Start gathering what comes next and is not there, until it has ``room`` elements or more."""
-        wanted: dict[Sharded, None] = {}
-        numel, order, place = 0, self.param_order, self.place
-        end = len(order)
+        """Start gathering what comes next and is not there, until it has a bucket or more, or ``room`` elements."""
+        wanted: list[Sharded] = []
+        numel, order, place, end = 0, self.param_order, self.place, len(self.param_order)
+        room = min(room, self.options.stage3_prefetch_bucket_size)
         while place < end and numel < room:
             p, step = order[place]
             p.fetched_for = step
             place += 1
-            if p.status is NOT_AVAILABLE and p not in wanted:
-                wanted[p] = None
+            if p.status is NOT_AVAILABLE:
+                p.status = INFLIGHT  # wanted once, however often it comes
+                wanted.append(p)
                 numel += p.numel
         self.place = place
         if wanted:
-            self.num_available += self.gatherer.start(list(wanted))
+            self.num_available += numel
+            self.gatherer.start(wanted)
 
     # -- release ---------------------------------------------------------------------------------
 
-    def release(self, name: str, forward: bool) -> None:
+    def release(self, module: Module, forward: bool) -> None:
         """release_sub_module: after the module's forward, and after its backward."""
-        module = self.modules[name]
         if not forward:
             self.backward_modules.pop(module, None)
-        recomputed = module.take_recomputed() if module.recomputed and not forward else ()
-        params = module.params
-        free = self._params_to_release(module) if self.trace_mode == "complete" and params else params
-        for p in (*params, *recomputed) if recomputed else params:
-            p.active.discard(name)
+            if module.recomputed:
+                self._release_recomputed(module)
+                return
+        if module.params:
+            for p in module.params:
+                p.active.discard(module)
+            for p in self._params_to_release(module):
+                self._release(p)
+
+    def _release_recomputed(self, module: Module) -> None:
+        """Its own parameters, and those that a recomputation in its backward has fetched."""
+        recomputed, free = module.take_recomputed(), self._params_to_release(module)
+        for p in (*module.params, *recomputed):
+            p.active.discard(module)
             if p in free or (p in recomputed and not p.persist):
                 self._release(p)
 
     def _params_to_release(self, module: Module) -> list[Sharded]:
         """Decided once per module and place in the order, in the first pass over the complete trace (lru_cache)."""
+        if self.trace_mode != "complete":
+            return module.params
         step = self.step_id
         found = module.to_release.get(step)
         if found is None:
-            found = module.to_release[step] = [
-                p for p in module.params if not p.persist and p.fetched_for <= step and not self._reused_soon(p)
-            ]
+            found = module.to_release[step] = []
+            for p in module.params:
+                if not p.persist and p.fetched_for <= step and not self._reused_soon(p):
+                    found.append(p)
         return found
 
     def _index_trace(self) -> None:
@@ -194,11 +209,10 @@ class Coordinator:
         before, order = 0, self.param_order
         self.elements_before = [0]
         for step, module in enumerate(self.submodules):
-            if module.params:
-                order += [(p, step) for p in module.by_index]
-                for p in module.by_index:
-                    p.uses.append(step)
-                before += module.numel
+            for p in module.by_index:
+                order.append((p, step))
+                p.uses.append(step)
+            before += module.numel
             self.elements_before.append(before)
             self.place_after.append(len(order))
 
@@ -211,8 +225,10 @@ class Coordinator:
         return distance < self.options.stage3_max_reuse_distance
 
     def _release(self, p: Sharded) -> None:
+        """free_param, of one that nobody needs: ``data`` becomes an empty tensor."""
         if p.status is AVAILABLE and not p.active:
-            self.gatherer.partition(p)
+            p.parameter.tensor = p.absent
+            p.status = NOT_AVAILABLE
             self.num_available -= p.numel
 
     def release_backward_leftovers(self) -> None:
@@ -220,7 +236,7 @@ class Coordinator:
         while self.backward_modules:
             module = self.backward_modules.popitem()[0]
             for p in (*module.params, *module.take_recomputed()):
-                p.active.discard(module.name)
+                p.active.discard(module)
                 if not p.persist:
                     self._release(p)
 

@@ -57,7 +57,7 @@ class Sharded:
         self.label = f"gathered {parameter.name}"
         self.absent = parameter.tensor  # as it is now: empty
         self.status = NOT_AVAILABLE
-        self.active: set[str] = set()  # ds_active_sub_modules
+        self.active: set[object] = set()  # ds_active_sub_modules
         self.fetched_for = NEVER  # most_recent_step_id_param_fetched_for
         self.uses: list[int] = []  # the places in the order of modules that use it
 
@@ -116,28 +116,23 @@ class Gatherer:
                     self._make_whole(p, padded=True)
                 p.status = AVAILABLE
 
-    def start(self, params: list[Sharded]) -> int:
-        """Start one all-gather of parameters that are not there; the elements it fetches."""
+    def start(self, params: list[Sharded]) -> None:
+        """Start one all-gather of parameters that are not there."""
         handle = Handle(params)
-        trace = self.tape.trace
+        trace, inflight = self.tape.trace, self.inflight
         trace.stream = self.stream
         if len(params) == 1:
-            p = params[0]
             if self.world > 1:
-                self._make_whole(p, padded=True)
-            trace.stream = 0
-            p.status = INFLIGHT
-            self.inflight[p] = handle
-            return p.numel
-        params.sort(key=_index)
-        if self.world > 1:
-            padded = sum([p.shard_numel for p in params]) * self.world
-            handle.flat = self.tape.new(padded, params[0].itemsize, "ZeRO-3 all-gather", COMM)
+                self._make_whole(params[0], padded=True)
+        else:
+            params.sort(key=_index)
+            if self.world > 1:
+                padded = sum([p.shard_numel for p in params]) * self.world
+                handle.flat = self.tape.new(padded, params[0].itemsize, "ZeRO-3 all-gather", COMM)
         trace.stream = 0
         for p in params:
             p.status = INFLIGHT
-            self.inflight[p] = handle
-        return sum([p.numel for p in params])
+            inflight[p] = handle
 
     def gather_alone(self, p: Sharded) -> None:
         """``start`` with one parameter and ``wait`` at once."""
@@ -153,16 +148,14 @@ class Gatherer:
         handle = self.inflight.pop(p)
         if handle.complete:
             return
+        handle.complete = True
+        if handle.flat is None:
+            for q in handle.params:
+                q.status = AVAILABLE
+            return
         trace = self.tape.trace
         trace.stream = self.stream
         for q in handle.params:
-            if handle.flat is not None:
-                self._make_whole(q, padded=False)
+            self._make_whole(q, padded=False)
             q.status = AVAILABLE
         trace.stream = 0
-        handle.complete = True
-
-    def partition(self, p: Sharded) -> None:
-        """free_param: ``data`` becomes an empty tensor."""
-        p.parameter.tensor = p.absent
-        p.status = NOT_AVAILABLE
