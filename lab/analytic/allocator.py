@@ -15,11 +15,9 @@ off (on: lab/analytic/expandable.py). Sizes are in bytes. What it decides here:
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lab.analytic.driver import DriverAddresses
-from lab.analytic.tape import ALLOC, EMPTY_CACHE, FREE, IN_USE, Event
 from lab.units import MIB
 
 MIN_BLOCK = 512
@@ -79,6 +77,10 @@ class Pool:
     def remove(self, block: Block) -> None:
         i = bisect_left(self.keys, block.size << _ADDRESS | block.address)
         del self.keys[i], self.blocks[i]
+
+
+Layout = tuple[tuple[tuple[int, bool], tuple[int, ...]], ...]
+"""Keys of the free blocks, by stream and "small"."""
 
 
 @dataclass
@@ -166,6 +168,10 @@ class Allocator:
                 raise OutOfMemory(event, size)
         return total
 
+    def layout(self) -> Layout:
+        """What is free, and where: with the same live blocks, all that later requests depend on."""
+        return tuple((place, tuple(pool.keys)) for place, pool in self._pools.items() if pool.keys)
+
     def empty_cache(self) -> None:
         """Return every segment that is one free block to the driver (release_cached_blocks)."""
         for pool in self._pools.values():
@@ -173,52 +179,3 @@ class Allocator:
                 pool.remove(block)
                 self._driver.give(block.address, block.size)
                 self.reserved_bytes -= block.size
-
-
-@dataclass
-class Simulation:
-    """What the allocator did with the events: block bytes by storage id, both levels after each event."""
-
-    block_bytes: list[int]
-    allocated: list[int]
-    reserved: list[int]
-    allocator: Allocator
-
-
-def simulate(
-    events: Sequence[Event], num_storages: int, limit_bytes: int | None = None, made_by: type[Allocator] = Allocator
-) -> Simulation:
-    """Serve the events in order. Raises OutOfMemory beyond ``limit_bytes``."""
-    allocator = made_by(limit_bytes)
-    malloc, release = allocator.malloc, allocator.release
-    live: dict[int, Block] = {}
-    in_use: list[Block] = []  # freed, but another stream is not done with them
-    block_bytes, allocated, reserved = [0] * num_storages, [], []
-    for i, (kind, ident, nbytes, _, _, stream) in enumerate(events):
-        if kind == ALLOC:
-            try:
-                block = malloc(nbytes, stream, i)
-            except OutOfMemory:  # before that PyTorch waits for the other streams (synchronize_and_free_events)
-                if not in_use:
-                    raise
-                _join(allocator, in_use)
-                block = malloc(nbytes, stream, i)
-            live[ident] = block
-            block_bytes[ident] = block.size
-            if in_use and stream == in_use[0].stream:
-                _join(allocator, in_use)
-        elif kind == FREE and stream == IN_USE:
-            in_use.append(live.pop(ident))
-            allocator.allocated_bytes -= in_use[-1].size
-        elif kind == FREE:
-            release(live.pop(ident))
-        elif kind == EMPTY_CACHE:
-            allocator.empty_cache()
-        allocated.append(allocator.allocated_bytes)
-        reserved.append(allocator.reserved_bytes)
-    return Simulation(block_bytes, allocated, reserved, allocator)
-
-
-def _join(allocator: Allocator, blocks: list[Block]) -> None:
-    while blocks:
-        allocator.join(blocks.pop())

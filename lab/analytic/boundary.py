@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from lab.analytic.allocator import LARGE_SEGMENT, ROUND_LARGE, Allocator, OutOfMemory, simulate
+from lab.analytic.allocator import LARGE_SEGMENT, ROUND_LARGE, Allocator, OutOfMemory
 from lab.analytic.expandable import allocator_of
 from lab.analytic.hardware import outside_allocator_bytes
 from lab.analytic.layers import replay_steps
 from lab.analytic.segments import spelled_out
+from lab.analytic.simulation import Simulation, settle, simulate
 from lab.analytic.step import Replay
 from lab.analytic.tape import MARK, Event
 from lab.config import ConfigError, RunConfig
@@ -81,7 +82,11 @@ def replayed(cfg: RunConfig) -> list[Replayed]:
     """Every rank that may be the first to run out."""
     out = []
     for rank in Replay(cfg).rule.ranks():
-        trace = replay_steps(cfg, rank, further=2).trace
+        replay = replay_steps(cfg, rank)
+        settle(replay, Simulation(allocator_of(cfg)()))
+        for _ in range(min(2, cfg.train.steps - replay.done)):
+            replay.step()
+        trace = replay.trace
         out.append(Replayed(rank, spelled_out(trace.events, trace.segments), trace.next_id, allocator_of(cfg)))
     return out
 

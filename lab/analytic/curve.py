@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lab.analytic.allocator import OutOfMemory, Simulation, simulate
+from lab.analytic.allocator import OutOfMemory
 from lab.analytic.boundary import allocator_limit_bytes
 from lab.analytic.expandable import allocator_of
 from lab.analytic.layers import replay_steps
 from lab.analytic.segments import spelled_out
+from lab.analytic.simulation import Simulation, settle
 from lab.analytic.step import Replay
 from lab.analytic.tape import ALLOC, FREE, MARK, MOVE, Event
 from lab.analytic.timeline import Timeline, totals
@@ -33,10 +34,8 @@ def _peak(points: Sequence[CurvePoint]) -> int:
 
 
 def _curve(cfg: RunConfig, rank: int) -> list[CurvePoint]:
-    replay = replay_steps(cfg, rank)
-    events = spelled_out(replay.trace.events, replay.trace.segments)
+    replay, events, simulation = _simulated(cfg, rank)
     requested = totals(events)
-    simulation = _simulation(cfg, events, replay.trace.next_id) if replay.gpu else None
     allocated = simulation.allocated if simulation else requested
     points: list[CurvePoint] = []
     phase = ""
@@ -62,11 +61,16 @@ def _curve(cfg: RunConfig, rank: int) -> list[CurvePoint]:
     return points
 
 
-def _simulation(cfg: RunConfig, events: Sequence[Event], num_storages: int) -> Simulation:
-    """Under the run's limit, if it comes through; else without one, as the prediction's figures are."""
+def _simulated(cfg: RunConfig, rank: int) -> tuple[Replay, list[Event], Simulation | None]:
+    """Under the run's limit, if it comes through; else without one, as the prediction's figures are. None: on a CPU."""
+    replay = replay_steps(cfg, rank)
+    if not replay.gpu:
+        return replay, spelled_out(replay.trace.events, replay.trace.segments), None
     if cfg.memory_limit_bytes or cfg.hardware.capacity_bytes:
         try:
-            return simulate(events, num_storages, allocator_limit_bytes(cfg), allocator_of(cfg))
+            simulation = Simulation(allocator_of(cfg)(allocator_limit_bytes(cfg)))
+            return replay, settle(replay, simulation), simulation
         except OutOfMemory:
-            pass
-    return simulate(events, num_storages, made_by=allocator_of(cfg))
+            replay = replay_steps(cfg, rank)
+    simulation = Simulation(allocator_of(cfg)())
+    return replay, settle(replay, simulation), simulation

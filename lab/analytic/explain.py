@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lab.analytic.allocator import simulate
 from lab.analytic.architecture import ParameterSpec
 from lab.analytic.expandable import allocator_of
 from lab.analytic.families.names import in_lab_words
 from lab.analytic.inventory import inventory
 from lab.analytic.optimizers_8bit import PAGED_FROM
+from lab.analytic.simulation import Simulation, settle
 from lab.analytic.sources import NAMED, parameter_of, source_of
 from lab.analytic.step import Replay
 from lab.analytic.symbols import Values, evaluations, values_of, with_parameter
@@ -154,11 +154,14 @@ def _moment(cfg: RunConfig, rank: int, at: str) -> _Moment:
     """The event after which the moment is read, on one rank."""
     replay = _LayeredReplay(cfg, rank)
     replay.build()
-    steady = min(replay.rule.steady_step, cfg.train.steps - 1)
-    for _ in range(steady + 1):
+    for _ in range(min(replay.rule.steady_step + 1, cfg.train.steps)):
         replay.step()
-    events = replay.trace.events
-    sizes = simulate(events, replay.trace.next_id, made_by=allocator_of(cfg)).block_bytes if replay.gpu else None
+    sizes: Sequence[int] | None = None
+    if replay.gpu:
+        simulation = Simulation(allocator_of(cfg)())
+        settle(replay, simulation)
+        sizes = simulation.block_bytes
+    events, steady = replay.trace.events, replay.done - 1
     curve = totals(events, sizes)
     spans = spans_of(events, steady)
     if at == PEAK:

@@ -56,14 +56,14 @@ def replay_steps(
     cfg: RunConfig,
     rank: int,
     for_allocator: bool = True,
-    further: int = 0,
     fresh: Replay | None = None,
     known: Known | None = None,
 ) -> Replay:
     """A run built and stepped up to the step from which steps repeat, or its last; ``trace`` may hold segments.
 
-    ``for_allocator``: up to where its cached segments repeat as well. ``further``: that many steps more. ``fresh``: a
-    replay that is not built yet, to be used. ``known``: what other ranks' replays have recorded, and this one adds.
+    ``for_allocator``: up to where its cached segments mostly repeat as well (``simulation.settle`` goes on from there).
+    ``fresh``: a replay that is not built yet, to be used. ``known``: what other ranks' replays have recorded, and this
+    one adds.
     """
     known = known or Known()
     for repeat in (True, False):
@@ -75,7 +75,7 @@ def replay_steps(
             repeat_layers(replay, known)
         last = replay.rule.steady_step if for_allocator else replay.rule.repeats_from
         try:
-            for _ in range(min(cfg.train.steps, last + 1 + further)):
+            for _ in range(min(cfg.train.steps, last + 1)):
                 replay.step()
         except Unrecordable:
             continue

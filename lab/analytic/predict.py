@@ -6,14 +6,13 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from lab.analytic.allocator import Simulation, simulate
 from lab.analytic.assumptions import assumptions
 from lab.analytic.boundary import Exhaustion, allocator_limit_bytes, exhaustion, replayed
 from lab.analytic.expandable import allocator_of
 from lab.analytic.hardware import outside_allocator_bytes
 from lab.analytic.inventory import inventory
 from lab.analytic.layers import Known, dismantle, replay_steps
-from lab.analytic.segments import spelled_out
+from lab.analytic.simulation import Simulation, settle
 from lab.analytic.step import Replay
 from lab.analytic.timeline import Timeline
 from lab.config import RunConfig
@@ -101,12 +100,13 @@ def _replay(
     ``limit_bytes``: on reserved bytes; enough to come through.
     """
     replay = replay_steps(cfg, rank, simulated, fresh=fresh, known=known)
-    trace, steady = replay.trace, replay.done - 1
     simulation: Simulation | None = None
-    timeline = tensors = Timeline(trace.events, trace.segments)
     if replay.gpu and simulated:
-        events = spelled_out(trace.events, trace.segments)
-        simulation = simulate(events, trace.next_id, limit_bytes, allocator_of(cfg))
+        simulation = Simulation(allocator_of(cfg)(limit_bytes))
+        events = settle(replay, simulation)
+    steady = replay.done - 1
+    timeline = tensors = Timeline(replay.trace.events, replay.trace.segments)
+    if simulation:
         timeline = Timeline(events, sizes=simulation.block_bytes, curve=simulation.allocated)
     # What persists is read before zero_grad drops the gradients, and counts tensors without their blocks' rests.
     before = [start for phase, start, _ in tensors.spans[steady] if phase is StepPhase.ZERO_GRAD]

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from lab.analytic.allocator import Allocator, OutOfMemory, simulate
+from lab.analytic.allocator import Allocator, OutOfMemory
+from lab.analytic.layers import replay_steps
+from lab.analytic.simulation import Simulation, settle, simulate
 from lab.analytic.tape import ALLOC, FREE, IN_USE, Event
+from lab.config import load
 from lab.units import MIB
 
 DATA = Path(__file__).parent / "data"
@@ -125,3 +128,16 @@ def test_a_real_trace_is_reproduced_exactly(name: str) -> None:
             allocator.release(live.pop(address))
     assert allocator.reserved_bytes == trace["reserved_bytes"]
     assert allocator.allocated_bytes == trace["allocated_bytes"]
+
+
+def test_steps_are_taken_until_the_free_blocks_repeat() -> None:
+    """FSDP2 with 16 sequences asks the driver in its fourth step still, as it did on two H200s (16322 MiB reserved)."""
+    base = ["model=1b", "parallel=fsdp", "world_size=2", "checkpointing=full", "loss=chunked", "hardware=h200"]
+    reserved, steps = {}, {}
+    for given in (2, 3, 6, 100):
+        shape = ["train.micro_batch_size=16", "train.seq_len=2048", f"train.steps={given}"]
+        replay, simulation = replay_steps(load([*base, *shape]), 0), Simulation(Allocator())
+        settle(replay, simulation)
+        reserved[given], steps[given] = simulation.reserved[-1] // MIB, replay.done
+    assert reserved == {2: 15618, 3: 15970, 6: 16322, 100: 16322}
+    assert steps == {2: 2, 3: 3, 6: 5, 100: 5}

@@ -254,3 +254,18 @@ def test_a_bias_gradients_semaphores_are_a_block_of_their_own() -> None:
     assert node.validate is not None
     node.validate(node.backward([tape.new(2048 * 2816, 2, "gradient")]))
     assert [e[2] for e in tape.trace.events if e[0] == ALLOC and e[4] == "column sum"] == [46_137_344, 88]
+
+
+def test_a_broadcast_bucket_has_one_type_of_packed_weights_too() -> None:
+    """Packed weights seen as fp16 beside bf16 ones are of their size, not of their type: a bucket of their own."""
+    base = ["model=125m", "parallel=ddp", "world_size=2", "hardware=h200", "precision=bf16_pure", "adapter=lora"]
+    base += ["adapter.prepare_kbit=false"]  # what is not packed stays bf16
+    copies = {}
+    for storage in ("bf16", "fp16"):
+        replay = Replay(load([*base, "quantization=nf4", f"quantization.storage_dtype={storage}"]))
+        replay.build()
+        copies[storage] = [e[2] for e in replay.trace.events if e[0] == ALLOC and e[4] == "DDP broadcast"]
+    packed = sum(s.numel // 2 for s in replay.rule.specs if s.quantized)  # bytes of 4 bits each, in whole 512
+    together, adapters = copies["bf16"]
+    plain, its_packed, its_adapters = copies["fp16"]
+    assert (its_packed, plain + packed, its_adapters) == (packed, together, adapters)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import pytest
 
 from lab.analytic import predict
-from lab.analytic.allocator import simulate
 from lab.analytic.architecture import ParameterSpec, num_parameters
 from lab.analytic.decoder import Decoder
 from lab.analytic.segments import Played
 from lab.analytic.sharding.zero import ZeroRule
 from lab.analytic.sharding.zero_partitions import FlatGroup, round_robin
+from lab.analytic.simulation import simulate
 from lab.analytic.step import Replay
 from lab.analytic.tape import ALLOC, FP32, INT64, MARK, Tensor
 from lab.analytic.timeline import spans_of, totals

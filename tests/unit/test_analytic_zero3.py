@@ -7,10 +7,10 @@ from itertools import groupby
 import pytest
 
 from lab.analytic import predict
-from lab.analytic.allocator import simulate
 from lab.analytic.architecture import ParameterSpec, num_parameters
 from lab.analytic.decoder import Decoder
 from lab.analytic.sharding.zero3 import Zero3
+from lab.analytic.simulation import simulate
 from lab.analytic.step import Replay
 from lab.analytic.tape import ALLOC, BF16, FREE, IN_USE, INT64
 from lab.analytic.timeline import spans_of, totals

@@ -8,7 +8,7 @@ from lab.analytic.ops import Parameter
 from lab.analytic.sharding.base import KEPT, Rule
 from lab.analytic.tape import Tensor
 from lab.units import MIB
-from lab.vocab import MemoryCategory
+from lab.vocab import MemoryCategory, Precision
 
 BROADCAST_BYTES = 250 * MIB  # distributed.py, broadcast_bucket_size
 
@@ -86,7 +86,7 @@ class DDP(Rule):
         flying: list[Tensor | None] = []
         states = [self._stored(s) for s in self.specs]
         if self.cfg.parallel.ddp.broadcast_buffers:
-            states += [(numel, size) for _, numel, size in buffers(self.cfg)]
+            states += [(numel, size, "") for _, numel, size in buffers(self.cfg)]
         buckets = self._assign(states, [BROADCAST_BYTES])
         for _, numel, size, count in sorted(buckets):
             if len(flying) == 2:
@@ -96,31 +96,35 @@ class DDP(Rule):
         while flying:
             flying.pop(0)
 
-    def _stored(self, spec: ParameterSpec) -> tuple[int, int]:
-        tensor = self.parameters[spec.name].tensor
-        return tensor.numel, tensor.itemsize
+    def _stored(self, spec: ParameterSpec) -> tuple[int, int, str]:
+        """Elements, their size, and their type where one of that size is not the run's own: packed weights seen as it."""
+        tensor, packed = self.parameters[spec.name].tensor, self.cfg.quantization.storage_dtype
+        half = "fp16" if self.cfg.precision.kind is Precision.FP16_MIXED else "bf16"
+        other = spec.quantized not in ("", "int8") and packed in ("fp16", "bf16") and packed != half
+        return tensor.numel, tensor.itemsize, packed if other else ""
 
     def _buckets(self, order: list[ParameterSpec], caps: list[int]) -> list[Tensor]:
         category = MemoryCategory.COMM_BUFFERS
-        sizes = self._assign([(s.numel, self.itemsize_of(s)) for s in order], caps)
+        sizes = self._assign([(s.numel, self.itemsize_of(s), "") for s in order], caps)
         return [self.tape.new(numel, size, "DDP bucket", category) for _, numel, size, _ in sizes]
 
-    def _assign(self, tensors: list[tuple[int, int]], caps: list[int]) -> list[tuple[int, int, int, int]]:
+    def _assign(self, tensors: list[tuple[int, int, str]], caps: list[int]) -> list[tuple[int, int, int, int]]:
         """compute_bucket_assignment_by_size: a bucket closes when it reaches its cap, in bytes; one type each.
 
-        (elements, element size) of tensors -> (first tensor, elements, element size, tensors) of buckets, in the order
-        in which they close. Every type counts through the caps by itself.
+        (elements, element size, type) of tensors -> (first tensor, elements, element size, tensors) of buckets, in the
+        order in which they close. Every type counts through the caps by itself.
         """
         done: list[tuple[int, int, int, int]] = []
-        filled: dict[int, tuple[int, int, int, int]] = {}
-        left: dict[int, list[int]] = {}
-        for i, (numel, size) in enumerate(tensors):
-            first, elements, _, count = filled.get(size, (i, 0, size, 0))
-            filled[size] = (first, elements + numel, size, count + 1)
-            own = left.setdefault(size, caps)
+        filled: dict[tuple[int, str], tuple[int, int, int, int]] = {}
+        left: dict[tuple[int, str], list[int]] = {}
+        for i, (numel, size, name) in enumerate(tensors):
+            kind = size, name
+            first, elements, _, count = filled.get(kind, (i, 0, size, 0))
+            filled[kind] = (first, elements + numel, size, count + 1)
+            own = left.setdefault(kind, caps)
             if (elements + numel) * size >= own[0]:
-                done.append(filled.pop(size))
-                left[size] = own[1:] or own
+                done.append(filled.pop(kind))
+                left[kind] = own[1:] or own
         return done + list(filled.values())
 
     @property
