@@ -97,7 +97,7 @@ class DDP(Rule):
             flying.pop(0)
 
     def _stored(self, spec: ParameterSpec) -> tuple[int, int, str]:
-        """Elements, their size, and their type where one of that size is not the run's own: packed weights seen as it."""
+        """Elements, their size, and their type where it is not the run's own of that size: of packed weights."""
         tensor, packed = self.parameters[spec.name].tensor, self.cfg.quantization.storage_dtype
         half = "fp16" if self.cfg.precision.kind is Precision.FP16_MIXED else "bf16"
         other = spec.quantized not in ("", "int8") and packed in ("fp16", "bf16") and packed != half
