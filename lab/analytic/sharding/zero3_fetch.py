@@ -19,7 +19,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from lab.analytic.sharding.zero3_gather import AVAILABLE, INFLIGHT, NEVER, NOT_AVAILABLE, Gatherer, Sharded
+from lab.analytic.sharding.zero3_gather import AVAILABLE, INFLIGHT, NEVER, NOT_AVAILABLE, Gatherer, Sharded, by_ds_id
 from lab.config import ZeroOptions
 
 
@@ -29,16 +29,19 @@ class Module:
     __slots__ = ("by_index", "grads_remaining", "name", "numel", "params", "recomputed", "to_release")
 
     def __init__(self, name: str, params: list[Sharded]) -> None:
-        self.name, self.params, self.numel = name, params, sum([p.numel for p in params])
-        self.by_index = sorted(params, key=lambda p: p.index)
+        self.name = name
         self.grads_remaining = 0  # ds_grads_remaining, of its inputs
         self.recomputed: dict[Sharded, None] = {}  # ds_recompute_parameters
         self.to_release: dict[int, list[Sharded]] = {}  # lru_cache of params_to_release, by place in the order
+        self._hold(params)
+
+    def _hold(self, params: list[Sharded]) -> None:
+        self.params, self.numel = params, sum([p.numel for p in params])
+        self.by_index = sorted(params, key=by_ds_id) if len(params) > 1 else params
 
     def add(self, p: Sharded) -> None:
         """register_external_parameter."""
-        self.params, self.numel = [*self.params, p], self.numel + p.numel
-        self.by_index = sorted(self.params, key=lambda p: p.index)
+        self._hold([*self.params, p])
 
     def take_recomputed(self) -> list[Sharded]:
         taken = list(self.recomputed)

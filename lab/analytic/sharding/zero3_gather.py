@@ -62,7 +62,7 @@ class Sharded:
         self.uses: list[int] = []  # the places in the order of modules that use it
 
 
-_index, _block = attrgetter("index"), attrgetter("block")
+by_ds_id, _block = attrgetter("index"), attrgetter("block")
 
 
 def by_block(params: Iterable[Sharded]) -> list[list[Sharded]]:
@@ -125,7 +125,7 @@ class Gatherer:
             if self.world > 1:
                 self._make_whole(params[0], padded=True)
         else:
-            params.sort(key=_index)
+            params.sort(key=by_ds_id)
             if self.world > 1:
                 padded = sum([p.shard_numel for p in params]) * self.world
                 handle.flat = self.tape.new(padded, params[0].itemsize, "ZeRO-3 all-gather", COMM)
