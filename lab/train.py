@@ -55,7 +55,7 @@ def run(cfg: RunConfig, command: list[str]) -> int:
     from lab.run_state import RunState
     from lab.track import RunFolder
     from lab.transforms.attention_probe import check_attention
-    from lab.transforms.quantization import check_compute_dtype
+    from lab.transforms.quantization import check_compute_dtype, check_storage_dtype
     from lab.vocab import RunStatus
 
     if cfg.engine.kind == "hf_trainer":
@@ -66,6 +66,7 @@ def run(cfg: RunConfig, command: list[str]) -> int:
     limit_memory(cfg, place.device)
     check_attention(cfg, place.device)
     check_compute_dtype(cfg, place.device)
+    check_storage_dtype(cfg)
     make_batches(cfg, torch.device("meta"), place.rank)  # the corpus is there and large enough
     state = RunState(cfg, command, place.rank, place.local_rank)
     faults = FaultHandler(state)
@@ -131,6 +132,7 @@ def train_and_measure(state: RunState, place: Place) -> tuple[list[RankMeasureme
     from lab.launch import check_allocator
     from lab.loop import Losses, live_tensors, train
     from lab.measure import gather, make_meter
+    from lab.measure.device_use import count_kept_memory
     from lab.parallel.saving import save_trained_adapter
     from lab.progress import Progress
     from lab.track import make_tracker
@@ -159,6 +161,8 @@ def train_and_measure(state: RunState, place: Place) -> tuple[list[RankMeasureme
     state.notes += paged_notes(cfg.optimizer, device)
     measurement = state.measurement(clock.step_seconds)
     measurement.managed_bytes = managed_bytes(cfg.optimizer, device)
+    if measurement.managed_bytes:
+        count_kept_memory(measurement)
     meter.stop()
     ranks = gather(measurement, cfg.world_size)
     if cfg.adapter.save:

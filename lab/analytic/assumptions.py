@@ -69,12 +69,14 @@ def _finetuning(cfg: RunConfig) -> list[str]:
         out.append(
             "bitsandbytes 0.50: below 1536 rows a 4-bit product takes the way that it takes on sm_90 (H100, H200)"
         )
+    if (
+        cfg.parallel.strategy.is_fsdp
+        and cfg.quantization.kind not in ("none", "int8")
+        and cfg.quantization.storage_dtype == "uint8"
+    ):
+        out.append("FSDP2 cuts packed bytes from torch 2.13 on; before, set quantization.storage_dtype to a float type")
     if cfg.quantization.kind == "int8":
         out.append("int8: bitsandbytes keeps a product's input until the graph is dropped, checkpointed or not")
-    if cfg.adapter.kind == "dora" and cfg.hardware.device_type == "cuda":
-        out.append(
-            "DoRA on a GPU: read off the sources of peft 0.21 and PyTorch, checked on a CPU, not measured on a GPU"
-        )
     return out
 
 

@@ -43,8 +43,6 @@ def make_meter(
     kind = cfg.checkpointing.kind
     bound = kind is not Checkpointing.NONE and cfg.model.family != "lab"
     ledger = Ledger(cfg.model.vocab_size, workspaces, kind is Checkpointing.SELECTIVE, bound)
-    if cfg.optimizer.kind.startswith("paged_"):
-        gpu_uses_before = None  # managed memory that the driver kept of an earlier process is taken over, not foreign
     if cfg.vocab_size_is_ambiguous:
         backend.notes.append("model.vocab_size equals another width: its activations count as logits_and_loss")
     return AllocatorMeter(

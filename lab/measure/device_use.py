@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from lab.config.device import gpu_is_shared
+from lab.record import RankMeasurement
 
 
 def gpu_uses() -> dict[str, int]:
@@ -94,3 +95,16 @@ class HostUse:
 
     def read(self) -> int:
         return int(self._process.memory_info().rss)
+
+
+def count_kept_memory(measurement: RankMeasurement) -> None:
+    """Count what was in use before the run as the run's after all.
+
+    For one with managed memory: what the driver kept of an earlier process's is given to the next that asks.
+    """
+    foreign = measurement.device_foreign_bytes
+    measurement.device_foreign_bytes = None
+    readings = [p for step in measurement.steps for p in step.phases.values()]
+    for reading in [*readings, *([measurement.build] if measurement.build else [])]:
+        if reading.device_used_bytes is not None:
+            reading.device_used_bytes += foreign or 0

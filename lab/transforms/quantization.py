@@ -32,6 +32,20 @@ def check_compute_dtype(cfg: RunConfig, device: torch.device) -> None:
         raise ConfigError("quantization.compute_dtype", "bf16", reason)
 
 
+def check_storage_dtype(cfg: RunConfig) -> None:
+    """ConfigError where FSDP2 cannot cut packed bytes: torch 2.11 makes parameters of them that require gradients.
+
+    Source: torch/distributed/fsdp/_fully_shard/_fsdp_param.py, _init_sharded_param; pytorch issue 177844. 2.13 does not;
+    2.12 was not tried and is refused too, since a float type takes the same memory.
+    """
+    q = cfg.quantization
+    if not cfg.parallel.strategy.is_fsdp or q.kind in ("none", "int8") or q.storage_dtype != "uint8":
+        return
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13):
+        reason = f"FSDP2 of torch {torch.__version__} cuts floating-point parameters only: set bf16, fp16 or fp32"
+        raise ConfigError("quantization.storage_dtype", "uint8", reason)
+
+
 def quantize_linears(model: nn.Module, cfg: QuantizationConfig) -> nn.Module:
     """Swap every ``nn.Linear`` of a meta model, except ``skip_modules``; biases stay. Nothing for kind=none.
 

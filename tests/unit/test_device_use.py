@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from lab.measure import device_use
-from lab.measure.device_use import DeviceUse, gpu_uses
+from lab.measure.device_use import DeviceUse, count_kept_memory, gpu_uses
+from lab.record import PhaseReading, RankMeasurement, StepMeasurement
+from lab.vocab import StepPhase
 
 MIB = 1 << 20
 
@@ -52,3 +54,14 @@ def test_without_a_reading_before_or_a_known_idle_card_nothing_is_taken_off(nvml
 def test_no_library_is_no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert gpu_uses() == {}
+
+
+def test_memory_that_the_driver_kept_counts_where_the_run_takes_it_over() -> None:
+    step = StepMeasurement(0, 1.0, phases={StepPhase.ZERO_GRAD: PhaseReading(device_used_bytes=900)})
+    step.phases[StepPhase.FORWARD] = PhaseReading()  # device use is read once per step
+    build = PhaseReading(device_used_bytes=700)
+    rank = RankMeasurement(0, 0, "host", "gpu", "cuda_caching_allocator", build, [step], device_foreign_bytes=112)
+    count_kept_memory(rank)
+    assert (build.device_used_bytes, step.phases[StepPhase.ZERO_GRAD].device_used_bytes) == (812, 1012)
+    assert step.phases[StepPhase.FORWARD].device_used_bytes is None
+    assert rank.device_foreign_bytes is None

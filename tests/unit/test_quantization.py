@@ -14,9 +14,10 @@ from lab.analytic.ops import Ops, Parameter
 from lab.analytic.quantization import packed_shape, quantize, state_bytes
 from lab.analytic.step import Replay
 from lab.analytic.tape import FP32, Accumulator, Tape, Trace
-from lab.config import QuantizationConfig, load
+from lab.config import ConfigError, QuantizationConfig, load
 from lab.transforms.quantization import (
     check_compute_dtype,
+    check_storage_dtype,
     quantization_state,
     quantize_linears,
     quantized_parameter,
@@ -118,13 +119,21 @@ def test_a_frozen_linear_keeps_its_weight_and_not_its_input() -> None:
 
 
 def test_a_gpu_without_bf16_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lab.config import ConfigError
-
     cfg = load(["model=tiny", "hardware=cpu", "adapter=lora", "quantization=nf4"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     check_compute_dtype(cfg, torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"quantization\.compute_dtype=bf16: .*7\.5"):
         check_compute_dtype(cfg, torch.device("cuda", 0))
+
+
+def test_packed_bytes_under_an_fsdp_that_cannot_cut_them_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["model=tiny", "parallel=fsdp", "world_size=2", "adapter=lora", "quantization=nf4"]
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    check_storage_dtype(load([*given, "quantization.storage_dtype=bf16"]))
+    with pytest.raises(ConfigError, match=r"quantization\.storage_dtype=uint8: FSDP2 of torch 2\.11\.0.*bf16"):
+        check_storage_dtype(load(given))
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+    check_storage_dtype(load(given))
 
 
 def test_an_int8_product_of_fp16_inputs_casts_nothing() -> None:
