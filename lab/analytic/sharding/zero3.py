@@ -36,12 +36,13 @@ from lab.analytic.architecture import ParameterSpec, tied_modules
 from lab.analytic.layer_instructions import Hook, Pass
 from lab.analytic.ops import Parameter
 from lab.analytic.segments import Played, Repeated
-from lab.analytic.sharding.base import KEPT, PARAMETERS, PASSED_ON, DeepSpeedRule, block_of
+from lab.analytic.sharding.base import KEPT, PASSED_ON, DeepSpeedRule, block_of
 from lab.analytic.sharding.zero3_fetch import Coordinator
 from lab.analytic.sharding.zero3_gather import Gatherer, Sharded
+from lab.analytic.sharding.zero3_init import cut
 from lab.analytic.sharding.zero3_states import ShardedStates
 from lab.analytic.sharding.zero_reduction import only_overflow
-from lab.analytic.tape import FP32, FREE, IN_USE, MARK, Event, Grads, Node, Tape, Tensor, Trace
+from lab.analytic.tape import FREE, IN_USE, MARK, Grads, Node, Tape, Tensor
 from lab.config import RunConfig
 
 BASE = ".base_layer"  # peft's name for the module that an adapted one stands around
@@ -108,33 +109,13 @@ class Zero3(DeepSpeedRule):
         block = block_of(specs[0])
         kind = tuple([(s.name.removeprefix(block), s.numel, s.trainable) for s in specs])
         if kind not in kinds:
-            kinds[kind] = Repeated(trace, partial(self._cut, specs), block)
+            kinds[kind] = Repeated(trace, partial(cut, specs, world, size), block)
         shards = kinds[kind].play(trace, block)
         empty = self.tape.new(0, 1, "").storage
         for spec in specs:
             parameter = self.add_parameter(spec, Tensor(empty, spec.numel, size))
             persist = spec.numel <= largest_persistent
             self.sharded[spec.name] = Sharded(parameter, len(self.sharded), -(-spec.numel // world), persist, block)
-        return shards
-
-    def _cut(self, specs: list[ParameterSpec], trace: Trace) -> list[Event]:
-        """materialise draws each in fp32 and casts it; then zero.Init. Returns the shards that go later."""
-        size = self.parameter_itemsize
-        whole: list[Event] = []
-        for spec in specs:
-            drawn = trace.allocate(spec.numel * FP32, PARAMETERS, spec.name)
-            if size != FP32:
-                cast = trace.allocate(spec.numel * size, PARAMETERS, spec.name)
-                trace.free(drawn)
-                drawn = cast
-            whole.append(drawn)
-        shards: list[Event] = []
-        for spec, drawn in zip(specs, whole, strict=True):
-            shard_numel = -(-spec.numel // self.world)
-            shard = trace.allocate(shard_numel * size, PARAMETERS, f"shard of {spec.name}")
-            if spec.trainable:  # else no optimizer knows it, and it stays for good
-                shards.append(shard)
-            trace.free(drawn)
         return shards
 
     # -- hooks -----------------------------------------------------------------------------------

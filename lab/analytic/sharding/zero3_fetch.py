@@ -19,42 +19,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from lab.analytic.sharding.zero3_gather import AVAILABLE, INFLIGHT, NEVER, NOT_AVAILABLE, Gatherer, Sharded, by_ds_id
+from lab.analytic.sharding.zero3_gather import AVAILABLE, INFLIGHT, NEVER, NOT_AVAILABLE, Gatherer, Sharded
+from lab.analytic.sharding.zero3_modules import Module, Modules
 from lab.config import ZeroOptions
-
-
-class Module:
-    """A module and the parameters that it holds directly or reads of another module's (iter_params)."""
-
-    __slots__ = ("by_index", "grads_remaining", "name", "numel", "params", "recomputed", "to_release")
-
-    def __init__(self, name: str, params: list[Sharded]) -> None:
-        self.name = name
-        self.grads_remaining = 0  # ds_grads_remaining, of its inputs
-        self.recomputed: dict[Sharded, None] = {}  # ds_recompute_parameters
-        self.to_release: dict[int, list[Sharded]] = {}  # lru_cache of params_to_release, by place in the order
-        self._hold(params)
-
-    def _hold(self, params: list[Sharded]) -> None:
-        self.params, self.numel = params, sum([p.numel for p in params])
-        self.by_index = sorted(params, key=by_ds_id) if len(params) > 1 else params
-
-    def add(self, p: Sharded) -> None:
-        """register_external_parameter."""
-        self._hold([*self.params, p])
-
-    def take_recomputed(self) -> list[Sharded]:
-        taken = list(self.recomputed)
-        self.recomputed.clear()
-        return taken
-
-
-class _Modules(dict[str, Module]):
-    """By name; those that are not known hold nothing."""
-
-    def __missing__(self, name: str) -> Module:
-        module = self[name] = Module(name, [])
-        return module
 
 
 class Coordinator:
@@ -63,7 +30,7 @@ class Coordinator:
     def __init__(self, gatherer: Gatherer, options: ZeroOptions, members: dict[str, list[Sharded]]) -> None:
         self.gatherer, self.options = gatherer, options
         self.max_live = options.stage3_max_live_parameters
-        self.modules = _Modules((name, Module(name, params)) for name, params in members.items())
+        self.modules = Modules((name, Module(name, params)) for name, params in members.items())
         self.params = list(dict.fromkeys(p for params in members.values() for p in params))
         self.trace_mode = "invalid"  # then "record", then "complete"
         self.submodules: list[Module] = []
