@@ -64,7 +64,7 @@ class Trace:
 
     def allocate(self, nbytes: int, category: MemoryCategory, label: str) -> Event:
         """Bytes without an owner, for what nothing refers to: whoever keeps the event gives them back."""
-        event = ALLOC, self.next_id, aligned(nbytes, self.alignment), category, label, self.stream
+        event = ALLOC, self.next_id, -(-nbytes // self.alignment) * self.alignment, category, label, self.stream
         self.next_id += 1
         if nbytes:
             self.events.append(event)
@@ -95,7 +95,10 @@ class Storage:
     __slots__ = ("category", "id", "label", "live", "nbytes", "size", "trace")
 
     def __init__(self, trace: Trace, nbytes: int, category: MemoryCategory, label: str) -> None:
-        self.trace, self.nbytes, self.category, self.label = trace, nbytes, category, label
+        self.trace = trace
+        self.nbytes = nbytes
+        self.category = category
+        self.label = label
         self.live = True
         if nbytes:
             self.id = ident = trace.next_id
@@ -146,7 +149,11 @@ class Tensor:
     __slots__ = ("has_base", "itemsize", "node", "numel", "slot", "storage")
 
     def __init__(self, storage: Storage, numel: int, itemsize: int, node: Node | None = None, slot: int = 0) -> None:
-        self.storage, self.numel, self.itemsize, self.node, self.slot = storage, numel, itemsize, node, slot
+        self.storage = storage
+        self.numel = numel
+        self.itemsize = itemsize
+        self.node = node
+        self.slot = slot
         self.has_base = False
 
     def view(self, numel: int | None = None, node: Node | None = None, slot: int = 0) -> Tensor:
@@ -258,9 +265,10 @@ class Tape:
     ) -> Node | None:
         """A node, unless no input needs a gradient: then there is none, and nothing is saved (frozen parameters)."""
         inputs = list(inputs)
-        if all(t is None or t.node is None for t in inputs):
-            return None
-        return Node(self, inputs, backward, [t for t in saved if t is not None], num_slots, validate)
+        for t in inputs:
+            if t is not None and t.node is not None:
+                return Node(self, inputs, backward, [t for t in saved if t is not None], num_slots, validate)
+        return None
 
     def save(self, node: Node | None, tensor: Tensor) -> None:
         """Saved-tensor semantics: the storage is kept and counts as an activation from now on."""

@@ -71,12 +71,11 @@ class Timeline:
         curve: Sequence[int] | None = None,
     ) -> None:
         self.events, self.segments, self.sizes = events, segments, sizes
-        self.after: Sequence[int]  # the total after each event
         self.high: Sequence[int]  # the highest total during each event
         if segments:
-            self.after, self.high = _totals_with_segments(events, segments)
+            self.high = _highest_with_segments(events, segments)
         else:
-            self.after = self.high = totals(events, sizes) if curve is None else curve
+            self.high = totals(events, sizes) if curve is None else curve
         self.spans = _spans(events)
 
     def read(
@@ -140,24 +139,23 @@ class Timeline:
         return moments
 
 
-def _totals_with_segments(events: Sequence[Event], segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
+def _highest_with_segments(events: Sequence[Event], segments: Sequence[Segment]) -> list[int]:
     running = [s.running for s in segments]
     whole, highest = [r[-1] for r in running], [max(r) for r in running]
-    after: list[int] = []
     high: list[int] = []
+    add = high.append
     total = 0
     for kind, _, n, _, _, _ in events:
         if kind == SEGMENT:
-            high.append(total + highest[n])
+            add(total + highest[n])
             total += whole[n]
-        else:
-            if kind == ALLOC:
-                total += n
-            elif kind == FREE:
-                total -= n
-            high.append(total)
-        after.append(total)
-    return after, high
+            continue
+        if kind == ALLOC:
+            total += n
+        elif kind == FREE:
+            total -= n
+        add(total)
+    return high
 
 
 def _marks(events: Sequence[Event]) -> list[int]:
