@@ -35,8 +35,8 @@ def check_compute_dtype(cfg: RunConfig, device: torch.device) -> None:
 def check_storage_dtype(cfg: RunConfig) -> None:
     """ConfigError where FSDP2 cannot cut packed bytes: torch 2.11 makes parameters of them that require gradients.
 
-    Source: torch/distributed/fsdp/_fully_shard/_fsdp_param.py, _init_sharded_param; pytorch issue 177844. 2.13 does not;
-    2.12 was not tried and is refused too, since a float type takes the same memory.
+    Source: torch/distributed/fsdp/_fully_shard/_fsdp_param.py, _init_sharded_param; pytorch issue 177844. 2.13 does
+    not; 2.12 was not tried and is refused too, since a float type takes the same memory.
     """
     q = cfg.quantization
     if not cfg.parallel.strategy.is_fsdp or q.kind in ("none", "int8") or q.storage_dtype != "uint8":
