@@ -80,6 +80,7 @@ class Zero3(DeepSpeedRule):
         ordered = [self.sharded[spec.name] for spec in self.trained]  # the others keep the shards that zero.Init made
         sizes = self.parameter_itemsize, self.master_itemsize
         self.states = ShardedStates(self.cfg, self.tape, self.rank, ordered, sizes, shards, self.optimizer)
+        self.persistent = [p for p in (self.sharded[spec.name] for spec in self.specs) if p.persist]
         members: dict[str, list[Sharded]] = {}
         for name, sharded in self.sharded.items():
             members.setdefault(self._module(name), []).append(sharded)
@@ -246,6 +247,6 @@ class Zero3(DeepSpeedRule):
         """DeepSpeedZeroOptimizer_Stage3.step: partition everything, update, gather the persistent parameters."""
         self.coordinator.release_and_reset_all()
         scalars = self.states.step()
-        self.gatherer.all_gather([self.sharded[s.name] for s in self.specs if self.sharded[s.name].persist])
+        self.gatherer.all_gather(self.persistent)
         self.states.global_norm = scalars.pop()
         scalars.clear()

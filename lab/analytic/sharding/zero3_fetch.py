@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import chain
 
 from lab.analytic.sharding.zero3_gather import AVAILABLE, INFLIGHT, NEVER, NOT_AVAILABLE, Gatherer, Sharded
 from lab.analytic.sharding.zero3_modules import Module, Modules
@@ -31,7 +32,7 @@ class Coordinator:
         self.gatherer, self.options = gatherer, options
         self.max_live = options.stage3_max_live_parameters
         self.modules = Modules((name, Module(name, params)) for name, params in members.items())
-        self.params = list(dict.fromkeys(p for params in members.values() for p in params))
+        self.params = list(dict.fromkeys(chain.from_iterable(members.values())))
         self.trace_mode = "invalid"  # then "record", then "complete"
         self.submodules: list[Module] = []
         self.param_order: list[tuple[Sharded, int]] = []
@@ -212,8 +213,9 @@ class Coordinator:
 
     def release_and_reset_all(self) -> None:
         """At the optimizer step's start: every parameter, persistent ones too."""
+        inflight = self.gatherer.inflight
         for p in self.params:
-            if p in self.gatherer.inflight:
+            if p in inflight:
                 self.gatherer.wait(p)
             p.active.clear()
             self._release(p)
