@@ -54,21 +54,23 @@ class Known:
 
 def replay_steps(
     cfg: RunConfig,
-    rank: int,
+    ranks: int | Sequence[int],
     for_allocator: bool = True,
     fresh: Replay | None = None,
     known: Known | None = None,
 ) -> Replay:
     """A run built and stepped up to the step from which steps repeat, or its last; ``trace`` may hold segments.
 
+    ``ranks``: one, or several that one replay serves (``Rule.replays``).
     ``for_allocator``: up to where its cached segments mostly repeat as well (``simulation.settle`` goes on from there).
     ``fresh``: a replay that is not built yet, to be used. ``known``: what other ranks' replays have recorded, and this
     one adds.
     """
     known = known or Known()
+    rank, *further_ranks = [ranks] if isinstance(ranks, int) else ranks
     for repeat in (True, False):
         replay = fresh or Replay(cfg, rank)
-        replay.rule.rank, fresh = rank, None
+        replay.rule.rank, replay.rule.further_ranks, fresh = rank, further_ranks, None
         replay.trace.shorthand, replay.trace.segments = True, known.segments
         replay.build()
         if repeat:

@@ -72,10 +72,13 @@ def _with_allocator(cfg: RunConfig) -> Prediction:
 
 def _all_ranks(cfg: RunConfig, limit_bytes: int | None, simulated: bool = True) -> Prediction:
     """``limit_bytes``: on what the allocator reserves, and enough to come through; None: none."""
-    fresh = Replay(cfg)  # knows the ranks, and is the first one's
-    ranks = fresh.rule.ranks()
-    known = Known()
-    runs = [_replay(cfg, r, limit_bytes, simulated, fresh if r == ranks[0] else None, known) for r in ranks]
+    fresh = Replay(cfg)  # knows the ranks, and is the first ones'
+    rule = fresh.rule
+    # With the allocator each rank takes as many steps as its cached segments need to repeat.
+    together = [[rank] for rank in rule.ranks()] if simulated else rule.replays()
+    known, runs = Known(), list[_Run]()
+    for i, ranks in enumerate(together):
+        runs += _replay(cfg, ranks, limit_bytes, simulated, None if i else fresh, known)
     first, steady, states, managed = zip(*runs, strict=True)
     worst = max(range(len(runs)), key=lambda i: steady[i].allocated_bytes)
     said = assumptions(cfg, max(managed))
@@ -92,22 +95,32 @@ def _refusal(limit_bytes: int, refused: Exhaustion) -> str:
     )
 
 
-def _replay(
-    cfg: RunConfig, rank: int, limit_bytes: int | None, simulated: bool, fresh: Replay | None, known: Known
-) -> tuple[StepPrediction, StepPrediction, MemoryBreakdown, int]:
-    """One rank: its first step, its steady step, its states, and the bytes of those in managed memory.
+_Run = tuple[StepPrediction, StepPrediction, MemoryBreakdown, int]
+"""One rank: its first step, its steady step, its states, and the bytes of those in managed memory."""
 
-    ``limit_bytes``: on reserved bytes; enough to come through.
-    """
-    replay = replay_steps(cfg, rank, simulated, fresh=fresh, known=known)
+
+def _replay(
+    cfg: RunConfig, ranks: list[int], limit_bytes: int | None, simulated: bool, fresh: Replay | None, known: Known
+) -> list[_Run]:
+    """``ranks``: that one replay serves; ``limit_bytes``: on reserved bytes; enough to come through."""
+    replay = replay_steps(cfg, ranks, simulated, fresh=fresh, known=known)
     simulation: Simulation | None = None
+    blocks: Timeline | None = None
     if replay.gpu and simulated:
         simulation = Simulation(allocator_of(cfg)(limit_bytes))
         events = settle(replay, simulation)
-    steady = replay.done - 1
-    timeline = tensors = Timeline(replay.trace.events, replay.trace.segments)
-    if simulation:
-        timeline = Timeline(events, sizes=simulation.block_bytes, curve=simulation.allocated)
+        blocks = Timeline(events, sizes=simulation.block_bytes, curve=simulation.allocated)
+    runs: list[_Run] = []
+    for rank in ranks:
+        tensors = Timeline(replay.rule.events_of(rank), replay.trace.segments)
+        runs.append(_read(replay, tensors, blocks or tensors, simulation))
+    dismantle(replay)
+    return runs
+
+
+def _read(replay: Replay, tensors: Timeline, timeline: Timeline, simulation: Simulation | None) -> _Run:
+    """``timeline``: of the allocator's blocks, where it is simulated, else of tensors."""
+    cfg, steady = replay.cfg, replay.done - 1
     # What persists is read before zero_grad drops the gradients, and counts tensors without their blocks' rests.
     before = [start for phase, start, _ in tensors.spans[steady] if phase is StepPhase.ZERO_GRAD]
     (first_phases, steady_phases), moments = timeline.read([0, steady], before[:1] if timeline is tensors else ())
@@ -123,7 +136,6 @@ def _replay(
             reserved = max(simulation.reserved[i] for _, start, end in timeline.spans[index] for i in (start, end))
         return StepPrediction(peak.total_bytes, reserved, reserved + outside, peak.categories, by_phase)
 
-    dismantle(replay)
     return step(0, first_phases), step(steady, steady_phases), states, optimizer.managed_bytes
 
 

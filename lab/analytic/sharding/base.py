@@ -12,7 +12,7 @@ from lab.analytic.make_optimizer import make_optimizer
 from lab.analytic.ops import Parameter, Quantized
 from lab.analytic.optimizers import Shape, clip_gradients
 from lab.analytic.quantization import Quantizer, compute_itemsize
-from lab.analytic.tape import BF16, FP32, Accumulator, Tape, Tensor
+from lab.analytic.tape import BF16, FP32, Accumulator, Event, Tape, Tensor
 from lab.config import RunConfig
 from lab.vocab import MemoryCategory, Precision
 
@@ -51,10 +51,19 @@ class Rule:
         self.parameters: dict[str, Parameter] = {}
         self.last_micro_step = True
         self.rank = 0  # the one that is replayed
+        self.further_ranks: Sequence[int] = ()  # replayed together with it
 
     def ranks(self) -> list[int]:
         """Ranks among which the worst is, for every phase: all that has to be replayed."""
         return [0]
+
+    def replays(self) -> list[list[int]]:
+        """``ranks()``, those together that one replay serves."""
+        return [[rank] for rank in self.ranks()]
+
+    def events_of(self, rank: int) -> list[Event]:
+        """What one of the ranks that are replayed has done."""
+        return self.tape.trace.events
 
     # -- sizes ---------------------------------------------------------------------------------
 

@@ -38,12 +38,12 @@ from lab.analytic.ops import Parameter
 from lab.analytic.segments import Played, Repeated
 from lab.analytic.sharding.base import DeepSpeedRule, block_of
 from lab.analytic.sharding.zero_partitions import FlatGroup
-from lab.analytic.sharding.zero_reduction import Reducer
+from lab.analytic.sharding.zero_ranks import FP64, Partition, RankTrace
+from lab.analytic.sharding.zero_reduction import Reducer, ranks_differ
 from lab.analytic.tape import FP32, Event, Tape, Tensor, Trace
 from lab.config import RunConfig
 from lab.vocab import MemoryCategory
 
-FP64 = 8  # bytes; zero/utils.py, get_norm_dtype
 PARAMETERS, MASTER = MemoryCategory.PARAMETERS, MemoryCategory.MASTER_WEIGHTS
 GRADIENTS = MemoryCategory.GRADIENTS
 _unit = attrgetter("unit")
@@ -66,6 +66,7 @@ class ZeroRule(DeepSpeedRule):
                 self.trained_numel[spec.unit] += spec.numel
         self.oversized = [s for s in self.trained if s.numel > self.options.reduce_bucket_size]
         self.global_norm: Tensor | None = None  # _global_grad_norm
+        self.alone: dict[int, RankTrace] = {}  # what each rank does alone, where several are replayed together
 
     def ranks(self) -> list[int]:
         """Partitions have one size, gradients kept for them have not: the worst in backward, after it, in the step."""
@@ -73,6 +74,14 @@ class ZeroRule(DeepSpeedRule):
             self.partition_gradients or bool(self.options.overlap_comm), self._kept_numel
         )
         return sorted({*backward, *(max(range(self.world), key=f) for f in (self._end_numel, self._step_bytes))})
+
+    def replays(self) -> list[list[int]]:
+        if ranks_differ(self.options, self.partition_gradients, bool(self.oversized)):
+            return super().replays()
+        return [self.ranks()]
+
+    def events_of(self, rank: int) -> list[Event]:
+        return self.alone[rank].whole() if self.alone else super().events_of(rank)
 
     def _end_numel(self, rank: int) -> int:
         """grads_in_partition, in elements."""
@@ -146,7 +155,11 @@ class ZeroRule(DeepSpeedRule):
         if size != master:
             self.master = new(numel, master, "master weights", MASTER)
         new(numel, master, "gradient of initialize_optimizer_states", GRADIENTS)
-        self.reducer = Reducer(self.tape, self.options, self.group, self.rank, self.partition_gradients, size)
+        if self.further_ranks:
+            self.alone = {rank: RankTrace(self.tape.trace) for rank in (self.rank, *self.further_ranks)}
+        tapes = {rank: Tape(trace) for rank, trace in self.alone.items()} or {self.rank: self.tape}
+        self.partitions = [Partition(tape, self.group, rank, size) for rank, tape in tapes.items()]
+        self.reducer = Reducer(self.tape, self.options, self.group, self.partitions, self.partition_gradients, size)
         self.reducer.parameters = self.parameters
 
     # -- backward --------------------------------------------------------------------------------
@@ -178,21 +191,18 @@ class ZeroRule(DeepSpeedRule):
     def optimizer_step(self) -> None:
         """DeepSpeedZeroOptimizer.step: gradient norm in fp64, flat gradients in the masters' type, the update."""
         new, size, numel = self.tape.new, self.parameter_itemsize, self.partition
-        norms: list[Tensor] = []
-        for part in self.group.slices(self.rank):  # get_grad_norm_direct; without clipping, too
-            wide = new(part, FP64, "gradient slice, fp64")
-            norms.append(new(1, FP64, "gradient norm"))
-            del wide
-        norms.clear()
+        for partition in self.partitions:
+            partition.norms()
         total = new(1, FP32, "total norm")
         previous = self.global_norm  # the engine's copy of the last step's, until this step is over
         self.global_norm = new(1, FP32, "global gradient norm")
-        # Flattening copies unless the partition is one piece; the cast copies unless the types agree.
-        parts = self.reducer.averaged
-        flat = parts[0] if len(parts) == 1 else new(numel, size, "flat gradient partition", GRADIENTS)
-        if self.master_itemsize != size:
-            flat = new(numel, self.master_itemsize, "gradient in the masters' type", GRADIENTS)
-        parts.clear()
+        flat = [partition.flattened() for partition in self.partitions]
+        if self.master_itemsize != size:  # the cast copies unless the types agree
+            cast = new(numel, self.master_itemsize, "gradient in the masters' type", GRADIENTS)
+            flat = [cast]
+            del cast
+        for partition in self.partitions:
+            partition.averaged.clear()
         self.optimizer.step(self.optimizer_parameters())
         del flat, total, previous
 

@@ -12,12 +12,13 @@ from lab.analytic.architecture import ParameterSpec
 from lab.analytic.ops import Parameter
 from lab.analytic.sharding.base import KEPT, PASSED_ON
 from lab.analytic.sharding.zero_partitions import FlatGroup
+from lab.analytic.sharding.zero_ranks import Partition
 from lab.analytic.tape import Tape, Tensor
 from lab.config import ZeroOptions
 from lab.vocab import MemoryCategory
 
 REDUCTION_STREAM = 1  # DeepSpeedZeroOptimizer.reduction_stream, with overlap_comm
-GRADIENTS, COMM = MemoryCategory.GRADIENTS, MemoryCategory.COMM_BUFFERS
+COMM = MemoryCategory.COMM_BUFFERS
 
 
 def only_overflow(filled: int, numels: Sequence[int], size: int) -> int | None:
@@ -35,6 +36,15 @@ def only_overflow(filled: int, numels: Sequence[int], size: int) -> int | None:
     return found
 
 
+def ranks_differ(options: ZeroOptions, by_micro_step: bool, oversized: bool) -> bool:
+    """Does a rank hold gradients outside its partition longer, or less long, than others do?
+
+    Not while they wait in the buckets, which all let go of together. Two buckets that stage 1 keeps to the end go in an
+    order that depends on whose gradients are in them, and there ones too large for a bucket stay with their owners.
+    """
+    return not options.contiguous_gradients or (not by_micro_step and (bool(options.overlap_comm) or oversized))
+
+
 @dataclass
 class Bucket:
     """IPGBucket: gradients that wait for their reduction. ``grads`` keeps them until the bucket is cleared."""
@@ -50,27 +60,30 @@ class Bucket:
 
 
 class Reducer:
-    """One rank's gradients from their making to ``averaged``, this partition's (averaged_gradients).
+    """Gradients from their making to what ranks keep of them: ``partitions``, of the ranks that are replayed.
 
+    Of several only where what they do to gradients outside their partitions is the same (``ranks_differ``).
     ``by_micro_step``: stage 2 (partition_gradients), else stage 1. ``itemsize``: bytes per gradient element.
     """
 
     def __init__(
-        self, tape: Tape, options: ZeroOptions, group: FlatGroup, rank: int, by_micro_step: bool, itemsize: int
+        self,
+        tape: Tape,
+        options: ZeroOptions,
+        group: FlatGroup,
+        partitions: Sequence[Partition],
+        by_micro_step: bool,
+        itemsize: int,
     ) -> None:
-        self.tape, self.group, self.rank, self.by_micro_step, self.itemsize = tape, group, rank, by_micro_step, itemsize
+        self.tape, self.group, self.partitions = tape, group, partitions
+        self.by_micro_step, self.itemsize = by_micro_step, itemsize
         self.bucket_size, self.contiguous = options.reduce_bucket_size, options.contiguous_gradients
         self.reduce_scatter = options.reduce_scatter
         self.overlap = bool(options.overlap_comm)  # DeepSpeed's own default is off below stage 3
-        self.members = group.members(rank)
-        self.own = {s.name for s in self.members}
         self.parameters: dict[str, Parameter] = {}
         self.bucket = Bucket()
         self.ready_for_gradients = False
-        self.grads_in_partition: Tensor | None = None
         self.previous_reduced: list[ParameterSpec] = []  # previous_reduced_grads
-        self.accumulated: list[Tensor] | None = None  # all_grad_tensors
-        self.averaged: list[Tensor] = []
 
     def quiet(self, numel: int, last_micro_step: bool) -> str | None:
         """What ``grad_ready`` does to gradients of so many elements together, as in ``Rule.quiet_gradients``."""
@@ -151,11 +164,14 @@ class Reducer:
                 self._drop_previous_reduced()
             self._flatten([s.numel for s in bucket.params])
         for spec in bucket.params:
-            own = spec.name in self.own
-            if own and self.contiguous:
-                self._copy_to_partition(spec)
-            elif not own and self.by_micro_step:
-                if self.overlap and not self.contiguous:
+            owners = [p for p in self.partitions if spec.name in p.own]
+            if self.contiguous:
+                for partition in owners:
+                    partition.copy(spec)
+                if self.by_micro_step or len(owners) == len(self.partitions):
+                    self.parameters[spec.name].accumulator.grad = None
+            elif not owners and self.by_micro_step:
+                if self.overlap:
                     self.previous_reduced.append(spec)
                 else:
                     self.parameters[spec.name].accumulator.grad = None
@@ -172,13 +188,6 @@ class Reducer:
             self.parameters[spec.name].accumulator.grad = None
         self.previous_reduced = []
 
-    def _copy_to_partition(self, spec: ParameterSpec) -> None:
-        """copy_grads_in_partition: the first own gradient makes room for all of them."""
-        if self.grads_in_partition is None:
-            numel = sum(s.numel for s in self.members)
-            self.grads_in_partition = self.tape.new(numel, self.itemsize, "grads_in_partition", GRADIENTS)
-        self.parameters[spec.name].accumulator.grad = self.grads_in_partition.view(spec.numel)
-
     def finish_backward(self, specs: list[ParameterSpec], last_micro_step: bool) -> None:
         """engine.allreduce_gradients: stage 2 after every micro-step, stage 1 after the last.
 
@@ -192,18 +201,20 @@ class Reducer:
                     self._add_to_bucket(spec)
         self._reduce()
         self._drop_previous_reduced()
-        gradients = [self.parameters[s.name].accumulator.grad for s in self.members]
-        if self.accumulated is None:
-            self.accumulated = [g.view() for g in gradients if g is not None]
-        gradients.clear()  # later micro-steps are added in place
-        if last_micro_step:
-            self.averaged, self.accumulated = self.accumulated, None
-            padding = self.group.partition_numel - sum(self.group.slices(self.rank))
-            if padding:
-                self.averaged.append(self.tape.new(padding, self.itemsize, "partition padding", GRADIENTS))
+        for partition in self.partitions:
+            gradients = partition.copied
+            if not self.contiguous:
+                own = [self.parameters[s.name].accumulator.grad for s in partition.members]
+                gradients = [g for g in own if g is not None]
+                del own
+            partition.accumulate(gradients, last_micro_step)
+            del gradients
         if self.contiguous:  # _release_ipg_buffers
             self.bucket.buffers.clear()
-            self.grads_in_partition = None
+            for partition in self.partitions:
+                partition.buffer = None
         self.ready_for_gradients = False
         for parameter in self.parameters.values():  # _clear_param_grad_only
             parameter.accumulator.grad = None
+        for partition in self.partitions:
+            partition.copied.clear()
