@@ -39,7 +39,7 @@ class Segment:
         if trace.shorthand:
             trace.events.append(event)
         else:
-            trace.events += spelled_out([event], trace.segments)
+            trace.events.extend(spelled_out([event], trace.segments))
 
     @property
     def running(self) -> list[int]:

@@ -192,7 +192,7 @@ class ZeroRule(DeepSpeedRule):
         """DeepSpeedZeroOptimizer.step: gradient norm in fp64, flat gradients in the masters' type, the update."""
         new, size, numel = self.tape.new, self.parameter_itemsize, self.partition
         for partition in self.partitions:
-            partition.norms()
+            partition.norms.play(partition.tape.trace)
         total = new(1, FP32, "total norm")
         previous = self.global_norm  # the engine's copy of the last step's, until this step is over
         self.global_norm = new(1, FP32, "global gradient norm")

@@ -6,15 +6,16 @@ replayed together: one replay for what they have in common, and beside it for ea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lab.analytic.architecture import ParameterSpec
+from lab.analytic.segments import Repeated
 from lab.analytic.sharding.zero_partitions import FlatGroup
 from lab.analytic.tape import Event, Tape, Tensor, Trace
 from lab.vocab import MemoryCategory
 
 FP64 = 8  # bytes; zero/utils.py, get_norm_dtype
-GRADIENTS = MemoryCategory.GRADIENTS
+GRADIENTS, TEMPORARIES = MemoryCategory.GRADIENTS, MemoryCategory.TEMPORARIES
 
 
 class _Placed(list[Event]):
@@ -29,6 +30,10 @@ class _Placed(list[Event]):
         self.places.append(len(self.common))
         super().append(event)
 
+    def extend(self, events: Iterable[Event]) -> None:
+        for event in events:
+            self.append(event)
+
 
 class RankTrace(Trace):
     """What one rank does alone, beside a trace of what it has in common with others."""
@@ -38,6 +43,7 @@ class RankTrace(Trace):
     def __init__(self, common: Trace) -> None:
         self.common = common
         self.alignment, self.on_device_kernels = common.alignment, common.on_device_kernels
+        self.shorthand, self.segments = common.shorthand, common.segments
         self.events = self.placed = _Placed(common.events)
 
     @property
@@ -77,6 +83,7 @@ class Partition:
         self.copied: list[Tensor] = []  # views of it
         self.accumulated: list[Tensor] | None = None  # all_grad_tensors
         self.averaged: list[Tensor] = []
+        self.norms = Repeated(tape.trace, self._norms)
 
     def copy(self, spec: ParameterSpec) -> None:
         """copy_grads_in_partition: the first own gradient makes room for all of them."""
@@ -95,14 +102,16 @@ class Partition:
             if padding:
                 self.averaged.append(self.tape.new(padding, self.itemsize, "partition padding", GRADIENTS))
 
-    def norms(self) -> None:
-        """get_grad_norm_direct; without clipping, too."""
-        norms: list[Tensor] = []
+    def _norms(self, trace: Trace) -> list[Event]:
+        """get_grad_norm_direct; without clipping, too. The norms stay until the last is there."""
+        norms: list[Event] = []
         for part in self.slices:
-            wide = self.tape.new(part, FP64, "gradient slice, fp64")
-            norms.append(self.tape.new(1, FP64, "gradient norm"))
-            del wide
-        norms.clear()
+            wide = trace.allocate(part * FP64, TEMPORARIES, "gradient slice, fp64")
+            norms.append(trace.allocate(FP64, TEMPORARIES, "gradient norm"))
+            trace.free(wide)
+        while norms:
+            trace.free(norms.pop())
+        return []
 
     def flattened(self) -> Tensor:
         """Flattening copies unless the partition is one piece."""
