@@ -30,7 +30,9 @@ def assumptions(cfg: RunConfig, managed_bytes: int = 0) -> list[str]:
         )
         out.append("CPU: no caching allocator, reserved equals allocated; device_used is not modelled")
     if cfg.precision.kind is Precision.FP16_MIXED:
-        out.append("fp16: every step is taken; a step that the loss scaler skips for an overflow is not modelled")
+        out.append(
+            "fp16: a step that is taken; one that the loss scaler skips for an overflow is recorded, not compared"
+        )
     if cfg.parallel.strategy is Strategy.ZERO3 and cfg.hardware.device_type == "cuda" and cfg.world_size > 1:
         out.append(
             "ZeRO-3: blocks of gathered parameters are free again once released, as if the GPU kept up with the "

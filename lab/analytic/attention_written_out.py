@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from lab.analytic.attention_shape import AttentionShape
 from lab.analytic.ops import Ops
-from lab.analytic.tape import BOOL, FP32, Grads, Tensor
+from lab.analytic.tape import BF16, BOOL, FP32, Grads, Tensor
 
 
 def repeat_kv(ops: Ops, x: Tensor, a: AttentionShape, label: str) -> Tensor:
@@ -67,6 +67,24 @@ def softmax(ops: Ops, x: Tensor, label: str) -> Tensor:
     return y
 
 
+def softmax_in_fp32(ops: Ops, x: Tensor, label: str) -> Tensor:
+    """softmax(x, dtype=torch.float32): of an fp32 copy, but of fp16 on CUDA one kernel reads x itself (SoftMax.cpp)."""
+    if not (ops.half_is_fp16 and x.itemsize == BF16 and ops.tape.trace.on_device_kernels):
+        return softmax(ops, ops.cast(x, FP32, "scores, fp32"), label)
+    numel, size, tape = x.numel, x.itemsize, ops.tape
+
+    def backward(grads: Grads) -> Grads:
+        g = tape.new(numel, size, label + " gradient")
+        ops.scratch(numel * FP32, "softmax backward product")
+        return [g]
+
+    node = tape.node([x], backward)
+    y = ops.new(numel, FP32, label)
+    tape.save(node, y)
+    y.node = node
+    return y
+
+
 def eager(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout: float) -> Tensor:
     """matmul, scale, mask, fp32 softmax, (dropout,) matmul: four [b, n, s, s] tensors, two of them kept."""
     size, square = q.itemsize, a.s * a.s
@@ -88,9 +106,7 @@ def eager(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout:
     del inverted
     weights = masked
     del masked, node
-    wide = ops.cast(weights, FP32, "scores, fp32")
-    soft = softmax(ops, wide, "attention weights, fp32")
-    del wide
+    soft = softmax_in_fp32(ops, weights, "attention weights, fp32")
     narrow = ops.cast(soft, size, "attention weights")
     del soft
     weights = narrow
@@ -155,8 +171,8 @@ def math(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout: 
     returned = ops.new(soft.numel, size, "attention weights, returned") if size != FP32 else None
     cv = v32 if grouped else _side_by_side(ops, v32, a, "value")
     out = matmul(ops, soft, cv, a.q_numel, "attention output", grad_copy=a.q_numel if a.b > 1 else 0)
-    del soft, cv
+    del cv
     out = ops.cast(out, size, "attention output")
     held.clear()
-    del returned
+    del returned, soft
     return out

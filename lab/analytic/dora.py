@@ -9,7 +9,8 @@ with m [out] trained and the norms of rows [out] taken for constants. B A is the
 [in, in]: a graph of its own, which nothing runs backward and which stays until the layer returns. Without dropout W x
 is the base's output less its bias; with dropout it is a second product, of the dropped-out input.
 
-On a GPU the norms need no scratch memory: Reduce.cuh splits a row over thread blocks from 131072 elements on.
+On a GPU norms of a Linear's rows need no scratch memory: Reduce.cuh splits a row over thread blocks from 131072
+elements on. A Conv1D's weight lies the other way round, so that its norms go down columns, with partial ones.
 """
 
 from __future__ import annotations
@@ -122,6 +123,8 @@ def _row_norms(ops: Ops, layer: DoraLayer, weight: Tensor) -> Tensor:
     adapted = ops.new(numel, size, f"DoRA adapted weight of {name}")
     del scaled
     norm = ops.new(layer.out_features, size, f"DoRA norm of {name}")
+    if layer.transposed:
+        ops.column_sum(layer.in_features, layer.out_features)
     del adapted
     return norm
 

@@ -44,7 +44,7 @@ def rmsnorm_composite(ops: Ops, x: Tensor, w: Parameter, rows: int, label: str) 
     node = tape.node([wide, rstd], normalise_backward, [wide, rstd])
     normal = tape.new(numel, FP32, label + " normalised")
     normal.node = node
-    del wide, rstd, node
+    del rstd, node
 
     def scale_backward(grads: Grads) -> Grads:
         gx = tape.new(numel, FP32, label + " gradient") if needs_x else None
@@ -62,5 +62,5 @@ def rmsnorm_composite(ops: Ops, x: Tensor, w: Parameter, rows: int, label: str) 
     ops.keep_parameter(node, w)
     out = tape.new(numel, FP32, label)
     out.node = node
-    del normal, node
+    del normal, node, wide
     return ops.cast(out, size, label)

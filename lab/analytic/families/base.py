@@ -75,9 +75,13 @@ class HFDecoder(Decoder):
         y = autocast_attention(self.ops, q, k, v, self.shape, self.backend, dropout)
         return contiguous(self.ops, y, self.backend), None
 
-    def _hf_blocks(self, x: Tensor, *extra: Tensor | None) -> Tensor:
-        """All blocks. ``extra`` (position ids, mask, rotary tables) reach them as keyword arguments."""
+    def _hf_blocks(self, first: list[Tensor], *extra: Tensor | None) -> Tensor:
+        """All blocks over the one tensor in ``first``, which is taken out: the loop's own variable holds it.
+
+        ``extra`` (position ids, mask, rotary tables) reach the blocks as keyword arguments.
+        """
         hooks, prefix = self.hooks, blocks_prefix(self.cfg.model)
+        x = first.pop()
         for i in range(self.cfg.model.num_layers):
             run = partial(self.layer, i, *extra)
             x = hooks.wrap_input(i, x)

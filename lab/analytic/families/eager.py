@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from lab.analytic.attention_shape import AttentionShape
-from lab.analytic.attention_written_out import contiguous_copy, matmul, repeat_kv, softmax
+from lab.analytic.attention_written_out import contiguous_copy, matmul, repeat_kv, softmax, softmax_in_fp32
 from lab.analytic.ops import Ops
-from lab.analytic.tape import BOOL, FP32, INT64, Tensor
+from lab.analytic.tape import BOOL, INT64, Tensor
 
 
 def make_mask(ops: Ops, a: AttentionShape, size: int) -> Tensor:
@@ -38,11 +38,14 @@ def eager_attention(
     weights = _heads_product(ops, q, k, a.weights_numel, "attention scores", a)
     weights = ops.unary(weights, "scaled scores", False, "scaled scores gradient")
     weights = ops.add(weights, mask, "masked scores", broadcast=True)
-    wide = ops.cast(weights, FP32, "scores, fp32") if ops.amp is not None or not gpt2 else weights
-    soft = softmax(ops, wide, "attention weights")
-    del wide, weights
-    weights = ops.cast(soft, value_size if gpt2 else query_size, "attention weights")
+    in_fp32 = ops.amp is not None or not gpt2
+    soft = (softmax_in_fp32 if in_fp32 else softmax)(ops, weights, "attention weights")
+    if gpt2:
+        del weights  # its variable has the softmax now; the others' line goes on with .to()
+    narrowed = ops.cast(soft, value_size if gpt2 else query_size, "attention weights")
     del soft
+    weights = narrowed
+    del narrowed
     if dropout:
         weights = ops.dropout(weights, "attention dropout")
     out = _heads_product(ops, weights, v, a.q_numel, "attention output", a, whole_x=True)
@@ -67,9 +70,12 @@ def _heads_product(
         y = ops.cast(y, ops.amp, label + ", autocast copy")
         x = ops.cast(x, ops.amp, label + ", autocast copy")
     expanded = a.k == 1 < a.n and y.storage is given
+    arguments = [x, y]  # of the C++ call: the autocast copies live until it returns
     del given
     if not whole_x and a.b > 1:
         x = contiguous_copy(ops, x, label + " operand")
     if (expanded or a.n == a.k) and a.b > 1:
         y = contiguous_copy(ops, y, label + " operand")
-    return matmul(ops, x, y, numel, label, grad_copy=numel if whole_x else 0)
+    out = matmul(ops, x, y, numel, label, grad_copy=numel if whole_x else 0)
+    arguments.clear()
+    return out

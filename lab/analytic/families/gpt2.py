@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from lab.analytic.attention import in_heads
 from lab.analytic.families.base import HFDecoder
 from lab.analytic.families.inventory import PREFIX, blocks_prefix, embedding_module
 from lab.analytic.families.pieces import conv1d, gelu_new
 from lab.analytic.tape import Tensor
+from lab.vocab import AttentionBackend
 
 
 class GPT2(HFDecoder):
@@ -35,10 +37,12 @@ class GPT2(HFDecoder):
         embedded = self._require_gradient(self._embedding(embedding_module(self.cfg.model), self.rows))
         positions = self._positions()
         position = self._embedding(f"{name}.wpe", self.cfg.train.seq_len, positions)
-        x = self.ops.add(embedded, position, "embedding sum", broadcast=True)
+        several = self.cfg.train.micro_batch_size > 1  # one sequence is as large as its positions
+        x = self.ops.add(embedded, position, "embedding sum", broadcast=several)
         mask = self._mask(embedded.itemsize)
-        x = self._drop(x, f"{name}.drop", "embedding dropout", hf.embedding_dropout)
-        x = self._hf_blocks(x, positions, mask)
+        first = [self._drop(x, f"{name}.drop", "embedding dropout", hf.embedding_dropout)]
+        del x
+        x = self._hf_blocks(first, positions, mask)
         x = self._layer_norm(x, f"{name}.ln_f")
         del embedded, position, positions, mask  # local variables of GPT2Model.forward
         return self.hooks.leave(name, x)
@@ -68,6 +72,7 @@ class GPT2(HFDecoder):
         ops, a = self.ops, self.shape
         qkv = self._conv1d(x, f"{prefix}.c_attn", "query, key and value")
         q, k, v = ops.split(qkv, [a.q_numel, a.kv_numel, a.kv_numel], "query, key and value gradient")
+        q, k, v = in_heads(ops, q, k, v, a, AttentionBackend.EAGER if mask is not None else self.backend)
         del qkv
         y, weights = self._attend(q, k, v, mask, gpt2=True)
         y = self._conv1d(y, f"{prefix}.c_proj", "attention projection")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lab.analytic.attention import WRITTEN_OUT
 from lab.analytic.families.base import HFDecoder
 from lab.analytic.families.inventory import PREFIX, blocks_prefix, embedding_module
 from lab.analytic.families.pieces import apply_rotary, gelu_new, gemma_rmsnorm, reshaped, rmsnorm, times_constant
@@ -30,7 +31,7 @@ class Llama(HFDecoder):
         mask = self._mask(x.itemsize)
         self.hooks.enter_source(f"{name}.rotary_emb")
         cos, sin = self._rotary(x.itemsize)
-        y = self._hf_blocks(x, positions, mask, cos, sin)
+        y = self._hf_blocks([x], positions, mask, cos, sin)  # inputs_embeds stays a local variable
         y = self._rms(y, f"{name}.norm", self.rows)
         del positions, mask, cos, sin, x
         return self.hooks.leave(name, y)
@@ -96,7 +97,7 @@ class Llama(HFDecoder):
         q = self._head_projection(x, f"{prefix}.q_proj", "query", a.n)
         k = self._head_projection(x, f"{prefix}.k_proj", "key", a.k)
         v = self._linear(x, f"{prefix}.v_proj", "value")
-        if mask is not None and a.k > 1:
+        if (mask is not None or self.backend in WRITTEN_OUT) and a.k > 1:
             v = reshaped(ops, v, "value")
         turned = apply_rotary(ops, q, cos, sin, "query"), apply_rotary(ops, k, cos, sin, "key")
         q, k = turned

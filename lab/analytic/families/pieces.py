@@ -270,11 +270,11 @@ def conv1d(ops: Ops, x: Tensor, w: Parameter, b: Parameter, rows: int, label: st
     del kept
     if swaps and needs_x:
         ops.keep_parameter(node, w)
-    del weight, bias
     y = ops.kept_or(rows * out_features, size, label)
     if not ops.taken_back:
         ops.matmul_workspace("forward", lt=True)
     y.node = node
+    del weight, bias  # autocast copies of frozen ones live until addmm returns
     return y
 
 

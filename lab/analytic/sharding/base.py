@@ -12,6 +12,7 @@ from lab.analytic.make_optimizer import make_optimizer
 from lab.analytic.ops import Parameter, Quantized
 from lab.analytic.optimizers import Shape, clip_gradients
 from lab.analytic.quantization import Quantizer, compute_itemsize
+from lab.analytic.reduce import column_partials
 from lab.analytic.tape import BF16, FP32, Accumulator, Event, Tape, Tensor
 from lab.config import RunConfig
 from lab.vocab import MemoryCategory, Precision
@@ -97,21 +98,24 @@ class Rule:
     def materialise(self, spec: ParameterSpec) -> tuple[Tensor, Quantized | None]:
         """parallel/materialise.py: drawn in fp32, then cast; a weight to be quantized is cast to the compute dtype."""
         size = compute_itemsize(self.cfg.quantization) if spec.quantized else self.itemsize_of(spec)
-        drawn = self._drawn_base(spec)
+        base = self._dora_base(spec)
+        drawn = self.tape.new(base.numel, FP32, f"DoRA base of {base.name}") if base else None
         tensor = self.tape.new(spec.numel, FP32, spec.name, PARAMETERS)
+        if base and base.transposed and self.tape.trace.on_device_kernels:  # norms of a Conv1D's columns
+            partials = column_partials(*base.shape, self.cfg.hardware.num_streaming_multiprocessors)
+            held = [self.tape.new(n, 1, "partial norms") for n in partials]
+            del held
         del drawn
         if size != FP32:
             tensor = self.tape.new(spec.numel, size, spec.name, PARAMETERS)
         return self.quantizer.store(spec, tensor) if spec.quantized else (tensor, None)
 
-    def _drawn_base(self, spec: ParameterSpec) -> Tensor | None:
-        """DoRA's magnitudes start as row norms of the base, which is drawn again for them."""
+    def _dora_base(self, spec: ParameterSpec) -> ParameterSpec | None:
+        """DoRA's magnitudes start as norms of the base, which is drawn again for them."""
         target, magnitude, _ = spec.name.partition(MAGNITUDE)
         if not magnitude or self.cfg.adapter.load is not None:
             return None
-        weight = f"{target}.weight"
-        numel = next(s.numel for s in self.specs if s.name == weight)
-        return self.tape.new(numel, FP32, f"DoRA base of {weight}")
+        return next(s for s in self.specs if s.name == f"{target}.weight")
 
     def add_parameter(self, spec: ParameterSpec, tensor: Tensor, quantized: Quantized | None = None) -> Parameter:
         accumulator = Accumulator(spec.name)
