@@ -100,13 +100,14 @@ class FSDP(Rule):
         self._initialise()
 
     def _build_units(self) -> None:
-        """parallel/fsdp.py, _shard_quantized: one whole unit at a time, quantized, then cut."""
+        """parallel/fsdp.py, _shard: one whole unit at a time, quantized, then cut; fully_shard's list holds the whole
+        parameters until it returns (_fsdp_param.py, _init_sharded_param)."""
         for index in (*range(self.cfg.model.num_layers), -1):
             members = [s for s in self.specs if self.unit_of(s) == index]
             whole = [(s, *self.materialise(s)) for s in members]
-            while whole:
-                spec, _, quantized = whole.pop(0)
+            for spec, _, quantized in whole:
                 self.add_shard(spec, quantized)
+            whole.clear()
         self.parameters = {s.name: self.parameters[s.name] for s in self.specs}  # in the model's order
 
     def unit_of(self, spec: ParameterSpec) -> int:
