@@ -52,10 +52,12 @@ def scaled_step(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler | None,
     parameters: list[nn.Parameter],
-) -> None:
+) -> bool:
     """Clip the global gradient norm (foreach) where asked, then step; with fp16 loss scaling around both.
 
     Parameters may be DTensors: the norm and the search for infinities then agree over ranks.
+    True: the optimizer's step ran. False: the scaler found an overflow and left it out. A fused optimizer's step always
+    runs, with the memory of any other: on an overflow its kernels write nothing (torch/amp/grad_scaler.py, step).
     """
     if cfg.train.max_grad_norm is not None:
         if scaler is not None:
@@ -63,6 +65,11 @@ def scaled_step(
         nn.utils.clip_grad_norm_(parameters, cfg.train.max_grad_norm)
     if scaler is None:
         optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()
+        return True
+    # The scaler reads the overflow on the host and does not tell: whether it called the optimizer costs no second wait.
+    runs: list[None] = []
+    hook = optimizer.register_step_post_hook(lambda *_: runs.append(None))
+    scaler.step(optimizer)
+    hook.remove()
+    scaler.update()
+    return bool(runs)

@@ -145,6 +145,7 @@ class _Accelerated:
     cfg: RunConfig
     accelerator: Any
     prepared: tuple[Any, Any]  # model and optimizer, as ``accelerator.prepare`` returned them
+    step_was_skipped = False
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         self.prepared = self.accelerator.prepare(model, optimizer)
@@ -172,6 +173,7 @@ class _Accelerated:
         if self.cfg.train.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(model.parameters(), self.cfg.train.max_grad_norm)
         optimizer.step()
+        self.step_was_skipped = bool(optimizer.step_was_skipped)
 
     def zero_grad(self) -> None:
         self.prepared[1].zero_grad()
@@ -270,7 +272,7 @@ class AccelerateZero(_Accelerated, ZeroEngine):
 
     def optimizer_step(self) -> None:
         self.set_learning_rate(self.base_optimizer)
-        self.engine.step()
+        self.step_or_skip()
 
     def close(self) -> None:
         ZeroEngine.close(self)

@@ -19,6 +19,7 @@ class Engine(Protocol):
 
     device: torch.device
     num_parameters: int  # elements of the whole model, a tied weight counted once
+    step_was_skipped: bool  # the newest ``optimizer_step`` left the optimizer out, for an overflow; known on the host
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """int64 [micro_batch_size, seq_len] twice -> mean loss of the micro-batch, fp32 scalar."""

@@ -20,6 +20,7 @@ class TorchStep:
     parameters: list[Any]  # what the optimizer updates: whole parameters, or FSDP2's shards (DTensor)
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
+    step_was_skipped = False
 
     def make_optimizer(self, parameters: Iterable[Any], device: torch.device) -> None:
         """Once the parameters are where they stay."""
@@ -36,7 +37,7 @@ class TorchStep:
     def optimizer_step(self) -> None:
         set_learning_rate(self.optimizer, learning_rate(self.cfg, self._step))
         self._step += 1
-        scaled_step(self.cfg, self.optimizer, self.scaler, self.parameters)
+        self.step_was_skipped = not scaled_step(self.cfg, self.optimizer, self.scaler, self.parameters)
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -63,6 +63,8 @@ def import_deepspeed(device: torch.device) -> Any:
 class ZeroEngine:
     """Half (or fp32) weights in the module, a flat fp32 partition under the optimizer, states with it."""
 
+    step_was_skipped = False
+
     def __init__(self, cfg: RunConfig, model: nn.Module, device: torch.device) -> None:
         self.cfg, self.device = cfg, device
         self.num_parameters = sum(p.numel() for p in model.parameters())
@@ -89,7 +91,13 @@ class ZeroEngine:
     def optimizer_step(self) -> None:
         set_learning_rate(self.base_optimizer, learning_rate(self.cfg, self._step))
         self._step += 1
+        self.step_or_skip()
+
+    def step_or_skip(self) -> None:
+        """DeepSpeed's step; its loss scaler leaves the optimizer out after an overflow (engine.py, skipped_steps)."""
+        skipped_before = self.engine.skipped_steps
         self.engine.step()
+        self.step_was_skipped = self.engine.skipped_steps > skipped_before
 
     def zero_grad(self) -> None:
         """Nothing: DeepSpeed's step has dropped the gradients."""

@@ -66,12 +66,26 @@ def held_bytes(engine: Engine) -> dict[str, int]:
     return {c.value: held[c.value] for c in MemoryCategory if c.value in held}
 
 
-def train_scenario(cfg: RunConfig, rank: int) -> dict[str, Any]:
-    """Losses per step (this rank's share) and what the engine holds after the last backward and step."""
+def raise_loss_scale(engine: Any) -> None:
+    """So far beyond fp16's largest number that the coming step's gradients overflow."""
+    if hasattr(engine, "scaler"):
+        engine.scaler.update(1e30)
+    else:
+        engine.optimizer.loss_scaler.cur_scale = 1e30
+
+
+def train_scenario(cfg: RunConfig, rank: int, overflow_at: int | None = None) -> dict[str, Any]:
+    """Losses per step (this rank's share) and what the engine holds after the last backward and step.
+
+    ``overflow_at``: a step after the first whose gradients overflow.
+    """
     engine = build(cfg, CPU)
     losses = Losses(cfg.train.steps, CPU)
     after_backward: dict[str, int] = {}
+    skipped: list[int] = []
     for step in range(cfg.train.steps):
+        if step == overflow_at:
+            raise_loss_scale(engine)
         for micro_step in range(cfg.train.gradient_accumulation_steps):
             last = micro_step + 1 == cfg.train.gradient_accumulation_steps
             loss = engine.forward(*micro_batch(cfg, step, micro_step, rank))
@@ -80,12 +94,14 @@ def train_scenario(cfg: RunConfig, rank: int) -> dict[str, Any]:
             del loss
         after_backward = held_bytes(engine)
         engine.optimizer_step()
+        skipped += [step] * engine.step_was_skipped
         engine.zero_grad()
     result = {
         "num_parameters": engine.num_parameters,
         "losses": losses.read(cfg.train.steps),
         "after_backward": after_backward,
         "after_step": held_bytes(engine),
+        "skipped": skipped,
         "unseen": [size for _, size in engine.unseen_allocations()],
     }
     engine.close()
@@ -98,7 +114,8 @@ def main(scenarios: Path, out: Path) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     results: dict[str, Any] = {}
     for name, scenario in json.loads(scenarios.read_text()).items():
-        result = train_scenario(scenario_config(**scenario), rank)
+        overflow_at = scenario.pop("overflow_at", None)
+        result = train_scenario(scenario_config(**scenario), rank, overflow_at)
         mean = torch.tensor(result["losses"])
         dist.all_reduce(mean)
         result["losses"] = (mean / world_size).tolist()
