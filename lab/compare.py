@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lab.record import PhaseReading, Prediction, RankMeasurement, Residual, RunRecord, StepPrediction
+from lab.record import (
+    PhaseReading,
+    Prediction,
+    RankMeasurement,
+    Residual,
+    RunRecord,
+    StepPrediction,
+    skipped_steps,
+    steady_step,
+)
 from lab.units import error_percent
 from lab.vocab import STATE_CATEGORIES, MemoryCategory, MemoryLevel, StepPhase
 
@@ -24,22 +33,42 @@ PEAK_READINGS: dict[MemoryLevel, str] = {
 def residuals(prediction: Prediction, ranks: list[RankMeasurement]) -> list[Residual]:
     """Predicted minus measured: every level at the peak, every phase's peak and end, categories where a ledger is.
 
-    The steady step is the last one that every rank measured (two steps at least); the first step's
-    entries carry the prefix ``first_step.``. With measure=off the list is empty.
+    The steady step is ``lab.record.steady_step``; the first step's entries carry the prefix ``first_step.``, and there
+    are none where it was skipped. With measure=off the list is empty.
     """
-    counts = [len(r.steps) for r in ranks]
-    finished = min(counts, default=0)
+    finished = min((len(r.steps) for r in ranks), default=0)
     out: list[Residual] = []
-    if finished >= 2:
-        out += _of_step(prediction.steady, ranks, finished - 1, "")
-        out += _of_states(prediction.states, ranks, finished - 1)
-    if finished >= 1:
+    if (steady := steady_step(ranks)) is not None:
+        out += _of_step(prediction.steady, ranks, steady, "")
+        out += _of_states(prediction.states, ranks, steady)
+    if finished >= 1 and 0 not in skipped_steps(ranks):
         out += _of_step(prediction.first_step, ranks, 0, "first_step.")
     if build := prediction.first_step.phases.get(StepPhase.BUILD) or prediction.steady.phases.get(StepPhase.BUILD):
         readings = [(r.rank, r.build) for r in ranks if r.build is not None]
         if readings:
             out += _of_phase("build.", build.peak.total_bytes, build.end.total_bytes, build.end.categories, readings)
     return out
+
+
+def skip_notes(ranks: list[RankMeasurement]) -> list[str]:
+    """One line on the steps that the loss scaler skipped, and what that means for the comparison; else none."""
+    skipped = skipped_steps(ranks)
+    if not skipped:
+        return []
+    numbers, last = [s.step for s in ranks[0].steps], min(len(r.steps) for r in ranks) - 1
+    which = ", ".join(str(numbers[i]) for i in skipped)
+    parts = [f"step{'s' * (len(skipped) > 1)} {which} {'were' if len(skipped) > 1 else 'was'} skipped"]
+    parts[0] += ": the loss scaler found an overflow"
+    if 0 in skipped:
+        parts.append("the first step is not compared")
+    steady = steady_step(ranks)
+    if steady in skipped:
+        parts.append(f"step {numbers[last]} is compared all the same, no step after the first was taken")
+    elif steady is not None and steady != last:
+        parts.append(f"step {numbers[steady]} stands for the steady state")
+    if steady is not None and steady not in skipped and all(i in skipped for i in range(steady)):
+        parts.append(f"step {numbers[steady]} is the first that was taken")
+    return ["; ".join(parts)]
 
 
 def _of_step(predicted: StepPrediction, ranks: list[RankMeasurement], index: int, prefix: str) -> list[Residual]:

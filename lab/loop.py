@@ -93,6 +93,8 @@ def train(
                 engine.optimizer_step()
             with meter.phase(StepPhase.ZERO_GRAD):
                 engine.zero_grad()
+            if engine.step_was_skipped:
+                meter.mark_skipped()
         on_step(step)
     clock.stop()
     return clock

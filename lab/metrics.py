@@ -33,9 +33,13 @@ def utilisation(cfg: RunConfig, num_parameters: int, tokens_per_second: float) -
 def run_metrics(
     cfg: RunConfig, num_parameters: int, ranks: list[RankMeasurement], wall_step_seconds: float | None
 ) -> RunMetrics:
-    """Median time of rank 0's steady steps (from the third; measure=off: the wall's mean), mean loss over ranks."""
-    seconds = [s.seconds for s in ranks[0].steps if s.phases] if ranks else []
-    step_seconds = statistics.median(seconds[2:] or seconds[-1:]) if seconds else wall_step_seconds
+    """Median time of rank 0's steady steps (from the third; measure=off: the wall's mean), mean loss over ranks.
+
+    Steps that the loss scaler skipped are shorter and count only where no steady one was taken.
+    """
+    steps = [s for s in ranks[0].steps if s.phases] if ranks else []
+    steady = [s for s in steps[2:] if not s.skipped] or steps[2:] or steps[-1:]
+    step_seconds = statistics.median(s.seconds for s in steady) if steady else wall_step_seconds
     step_seconds = None if gpu_is_shared() else step_seconds
     tokens_per_second = cfg.tokens_per_step / step_seconds if step_seconds else None
     return RunMetrics(

@@ -11,7 +11,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -103,6 +103,7 @@ class StepMeasurement:
     seconds: float
     loss: float | None = None
     phases: dict[StepPhase, PhaseReading] = field(default_factory=dict)
+    skipped: bool = False  # the loss scaler found an overflow and left the optimizer out
 
     def peak_bytes(self, reading: str = "peak_allocated_bytes") -> int:
         """Largest value of a PhaseReading field over the step's phases; 0 with measure=off."""
@@ -176,13 +177,8 @@ class RunRecord:
 
     @property
     def steady_step(self) -> int | None:
-        """Index of the step that stands for the steady state: the last one measured on every rank.
-
-        None when fewer than two steps were measured. DDP's and DeepSpeed's first steps hold old
-        buckets; the steady state starts at the third step.
-        """
-        counts = [len(r.steps) for r in self.ranks]
-        return min(counts) - 1 if counts and min(counts) >= 2 else None
+        """Index of the step that stands for the steady state, as the function of this name says."""
+        return steady_step(self.ranks)
 
     def worst(self, reading: str, step: int, phase: StepPhase | None = None) -> tuple[int, int, int] | None:
         """(bytes, rank, spread over ranks) of a PhaseReading field at one step, over the phases or in one."""
@@ -200,13 +196,33 @@ class RunRecord:
         return value, rank, value - min(v for v, _ in values)
 
 
+def steady_step(ranks: Sequence[RankMeasurement]) -> int | None:
+    """Index of the step that stands for the steady state: the last one that every rank measured and took.
+
+    None when fewer than two steps were measured. DDP's and DeepSpeed's first steps hold old buckets; the steady state
+    starts at the third step. A step that the loss scaler skipped is shorter of the optimizer's part; it stands for the
+    steady state only where all steps but the first were skipped, the last one then.
+    """
+    finished = min((len(r.steps) for r in ranks), default=0)
+    if finished < 2:
+        return None
+    skipped = set(skipped_steps(ranks))
+    return next((i for i in range(finished - 1, 0, -1) if i not in skipped), finished - 1)
+
+
+def skipped_steps(ranks: Sequence[RankMeasurement]) -> list[int]:
+    """Indices into ``steps`` of those that were skipped on any rank, of the steps that every rank measured."""
+    finished = min((len(r.steps) for r in ranks), default=0)
+    return [i for i in range(finished) if any(r.steps[i].skipped for r in ranks)]
+
+
 def to_json(value: Any) -> Any:
-    """Dataclasses, enums, breakdowns -> JSON-able containers. None fields of readings are dropped."""
+    """Dataclasses, enums, breakdowns -> JSON-able containers. None, and a flag as it is by default, are left out."""
     if isinstance(value, MemoryBreakdown):
         return value.to_json()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-        return {k: to_json(v) for k, v in pairs if v is not None}
+        pairs = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {f.name: to_json(v) for f, v in pairs if v is not None and not (v is False and f.default is False)}
     if isinstance(value, Mapping):
         return {(k.value if isinstance(k, Enum) else k): to_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from lab.compare import residuals
+from lab.compare import residuals, skip_notes
 from lab.config import RunConfig
 from lab.config import to_json as config_to_json
 from lab.loop import Losses
@@ -56,7 +56,9 @@ class RunState:
         assert self.losses is not None
         result = self.meter.measurement()
         if not result.steps and step_seconds is not None:
-            result.steps = [StepMeasurement(i, step_seconds, None) for i in range(len(self.losses.known))]
+            skipped = self.meter.skipped_steps
+            steps = range(len(self.losses.known))
+            result.steps = [StepMeasurement(i, step_seconds, skipped=i in skipped) for i in steps]
         _fill_losses(result, self.losses.known)
         return result
 
@@ -113,7 +115,7 @@ class RunState:
             ranks=ranks,
             residuals=residuals(self.prediction, ranks) if self.prediction else [],
             metrics=run_metrics(self.cfg, self.num_parameters, ranks, step_seconds),
-            notes=[*self.notes],
+            notes=[*self.notes, *skip_notes(ranks)],
         )
 
     def finish(self, record: RunRecord, limited: bool = False) -> None:

@@ -29,6 +29,7 @@ class Meter:
         self.current_step = -1
         self.on_step: Callable[[StepMeasurement], None] | None = None
         self.snapshot_dir: Path | None = None  # where measure=snapshot writes; set by whoever knows the run's folder
+        self.skipped_steps: list[int] = []
         self._result = RankMeasurement(rank, local_rank, platform.node(), device_name, source)
 
     def start(self) -> None:
@@ -60,6 +61,10 @@ class Meter:
         self.current_phase = phase
         yield
         self.current_phase = None
+
+    def mark_skipped(self) -> None:
+        """Inside ``step``, after its phases: the loss scaler left its optimizer step out."""
+        self.skipped_steps.append(self.current_step)
 
     def now(self) -> PhaseReading | None:
         """The counters at this moment, for the record of an OOM; None with measure=off."""

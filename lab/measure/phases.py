@@ -109,6 +109,15 @@ class AllocatorMeter(Meter):
                 self._close(phase, step.phases.setdefault(phase, PhaseReading()), None if failed else ledger)
         self.current_phase = None
 
+    def mark_skipped(self) -> None:
+        super().mark_skipped()
+        if self._step is not None:
+            self._step.skipped = True
+            if self.current_step == self._snapshot_step:
+                self._result.notes.append(
+                    "measure=snapshot: its step was skipped; the prediction is of one that is taken"
+                )
+
     def now(self) -> PhaseReading | None:
         reading = PhaseReading()
         _take(reading, self._base, self._backend.read())

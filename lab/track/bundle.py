@@ -65,7 +65,7 @@ def slim(record: RunRecord) -> RunRecord:
     """The record without what only a debugger reads: the first and the steady step of each rank, no host names.
 
     Ranks keep their build reading and ledgers; the losses of the dropped steps go (the metrics keep first and last).
-    The steady step's index stays the last one, so that ``RunRecord.steady_step`` still names it.
+    The steady step becomes the last one, so that ``RunRecord.steady_step`` names it again.
     """
     steady = record.steady_step
     hosts = {name: f"node-{i}" for i, name in enumerate(dict.fromkeys(r.hostname for r in record.ranks))}

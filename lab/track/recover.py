@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lab.compare import residuals
+from lab.compare import residuals, skip_notes
 from lab.config import RunConfig
 from lab.config import to_json as config_to_json
 from lab.record import RankMeasurement, RunRecord
@@ -107,5 +107,5 @@ def recover_record(
         oom=oom,
         ranks=ranks,
         residuals=residuals(prediction, ranks) if prediction else [],
-        notes=["recovered by the starter: the run wrote no record"],
+        notes=["recovered by the starter: the run wrote no record", *skip_notes(ranks)],
     )
