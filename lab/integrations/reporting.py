@@ -52,6 +52,6 @@ def memory_logs(step: StepMeasurement | None, prediction: Prediction | None) -> 
         logs["predicted_reserved_gib"] = to_gib(expected.reserved_bytes)
         for phase, moments in expected.phases.items():
             logs[f"predicted_{phase.value}_peak_gib"] = to_gib(moments.peak.total_bytes)
-        if step is not None and step.peak_bytes():
+        if step is not None and step.peak_bytes() and not step.skipped:
             logs["error_percent"] = 100.0 * (expected.allocated_bytes / step.peak_bytes() - 1.0)
     return {f"{PREFIX}{key}": value for key, value in logs.items()}

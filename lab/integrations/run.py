@@ -107,7 +107,8 @@ class TrainerRun:
     # -- the run -------------------------------------------------------------------------------------
 
     def start(self, optimizer: Any) -> None:
-        self.optimizer = getattr(optimizer, "optimizer", optimizer)  # without Accelerate's wrapper
+        self._accelerated = optimizer  # Accelerate's wrapper, which knows whether a step was skipped
+        self.optimizer = getattr(optimizer, "optimizer", optimizer)  # without it
         self.meter.start()
         wrappers = _wrappers(self.model)
         self.meter.set_live_tensors(self.live_tensors, lambda: (a for w in wrappers for a in ddp_allocations(w)))
@@ -149,6 +150,8 @@ class TrainerRun:
         self.steps_begun += 1
 
     def end_step(self) -> None:
+        if getattr(self._accelerated, "step_was_skipped", False):
+            self.meter.mark_skipped()
         self.phases.end_step()
         if self.steps_begun == steps_with_first_bucket(self.cfg, self.device):
             await_watchdog(self.device)
