@@ -76,6 +76,6 @@ def _heads_product(
         x = contiguous_copy(ops, x, label + " operand")
     if (expanded or a.n == a.k) and a.b > 1:
         y = contiguous_copy(ops, y, label + " operand")
-    out = matmul(ops, x, y, numel, label, grad_copy=numel if whole_x else 0)
+    out = matmul(ops, x, y, numel, label, grad_copy=numel if whole_x and a.b > 1 else 0)
     arguments.clear()
     return out

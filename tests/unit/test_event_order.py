@@ -1,0 +1,115 @@
+"""What a run allocates and frees on a CPU, storage by storage, is what the replay says, in its order.
+
+A peak hides much: a tensor that dies an operation early changes no peak, and yet which block the next gets on a GPU.
+Frees between two allocations are sorted, as their order changes nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from lab.analytic.layers import replay_steps
+from lab.analytic.segments import spelled_out
+from lab.analytic.tape import ALLOC, FREE, MARK
+from lab.build import build
+from lab.config import load
+from lab.data import make_batches
+from lab.loop import Losses, live_tensors, train
+from lab.measure import backend, make_meter
+from lab.measure.cpu_tracker import StorageTracker
+from lab.progress import Progress
+from tests.unit.hf_cases import hf_overrides, write_config
+
+SMALLEST = 2048  # bytes: scalars and rows of statistics come and go within kernels
+Order = list[int]  # + bytes allocated, - bytes freed
+
+
+class Recorder(StorageTracker):
+    """The lab's tracker, and a list of what it sees."""
+
+    order: ClassVar[Order] = []
+
+    def _see(self, storage: Any) -> None:
+        before = self._live.get(storage._cdata, (0,))[0]
+        super()._see(storage)
+        after = self._live.get(storage._cdata, (0,))[0]
+        if before != after:
+            Recorder.order += [-before] * (before > 0) + [after] * (after > 0)
+
+    def _gone(self, key: int, reference: Any) -> None:
+        Recorder.order.append(-self._live[key][0])
+        super()._gone(key, reference)
+
+
+def sorted_frees(order: Sequence[int]) -> Order:
+    runs = groupby((n for n in order if abs(n) >= SMALLEST), key=lambda n: n > 0)
+    return [n for taken, run in runs for n in (run if taken else sorted(run))]
+
+
+def measured(overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Order:
+    monkeypatch.setattr(backend, "StorageTracker", Recorder)
+    cfg, device = load(overrides), torch.device("cpu")
+    meter = make_meter(cfg, device, 0, 0)
+    meter.start()
+    batches, losses = make_batches(cfg, device, 0), Losses(cfg.train.steps, device)
+    engine = build(cfg, device)
+    meter.set_live_tensors(lambda: live_tensors(engine, batches, losses), engine.unseen_allocations)
+    meter.build_done()
+    gc.collect()  # what earlier tests left
+    Recorder.order = []
+    train(cfg, engine, batches, meter, losses, Progress(cfg, engine.num_parameters, losses, enabled=False))
+    order = list(Recorder.order)
+    meter.stop()
+    return order
+
+
+def predicted(overrides: Sequence[str]) -> Order:
+    replay = replay_steps(load(overrides), 0)
+    events = spelled_out(replay.trace.events, replay.trace.segments)
+    first = next(i for i, e in enumerate(events) if e[0] == MARK)
+    return [e[2] if e[0] == ALLOC else -e[2] for e in events[first:] if e[0] in (ALLOC, FREE)]
+
+
+COMMON = ["hardware=cpu", "tracker=none", "measure=counters", "train.steps=3"]
+OWN = [
+    ["attention=math", "checkpointing=full", "model.num_kv_heads=2"],
+    ["attention=eager", "precision=bf16_pure", "checkpointing=full", "model.norm=rmsnorm"],
+    ["attention=math", "precision=fp32", "model.dropout=0.1", "checkpointing=selective"],
+    ["loss=chunked", "model.fused_qkv=true", "train.max_grad_norm=1.0", "optimizer=adafactor"],
+    ["adapter=lora", "quantization=nf4", "precision=bf16_pure"],
+    ["engine=accelerate", "train.gradient_accumulation_steps=2", "loss=in_place", "model.tied_head=true"],
+]
+FAMILIES = [
+    ("llama", ["attention=math", "checkpointing=full"]),
+    ("llama_biased", ["attention=eager", "precision=bf16_pure"]),
+    ("mistral", ["attention=math", "adapter=lora"]),
+    ("qwen2", ["attention=eager"]),
+    ("qwen3", ["attention=math", "precision=fp32", "train.micro_batch_size=1"]),
+    ("gemma", ["attention=eager", "checkpointing=full"]),
+    ("gpt2", ["attention=math", "adapter=dora", "precision=fp32"]),
+    ("gpt2", ["attention=eager", "train.micro_batch_size=1"]),
+    ("gpt2_plain", ["adapter=lora", "checkpointing=full"]),
+]
+
+
+@pytest.mark.parametrize("overrides", OWN, ids=" ".join)
+def test_order_of_the_labs_model(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [*COMMON, "model=tiny", "model.num_layers=2", "train.seq_len=64", "train.micro_batch_size=2", *overrides]
+    order = sorted_frees(measured(given, monkeypatch))
+    assert len(order) > 700
+    assert order == sorted_frees(predicted(given))
+
+
+@pytest.mark.parametrize(("family", "overrides"), FAMILIES, ids=lambda v: v if isinstance(v, str) else " ".join(v))
+def test_order_of_a_family(family: str, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [*COMMON, *hf_overrides(write_config(tmp_path, family), *overrides)]
+    order = sorted_frees(measured(given, monkeypatch))
+    assert len(order) > 300
+    assert order == sorted_frees(predicted(given))
