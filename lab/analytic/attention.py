@@ -58,9 +58,10 @@ def autocast_attention(
 ) -> Tensor:
     """``attention`` of what autocast makes of q, k and v; the caller's stay as they are.
 
-    They are in the autocast type already behind plain Linears; quantized ones give back their input's type.
+    They are in the autocast type already behind plain Linears; quantized ones give back their input's type. Eager
+    attention is no one call: each of its products casts for itself.
     """
-    if ops.amp is not None:
+    if ops.amp is not None and backend is not AttentionBackend.EAGER:
         v, k, q = (  # the arguments of a C++ call, from the last to the first
             ops.cast(t, ops.amp, f"{name}, autocast copy") for t, name in ((v, "value"), (k, "key"), (q, "query"))
         )

@@ -86,40 +86,50 @@ def softmax_in_fp32(ops: Ops, x: Tensor, label: str) -> Tensor:
 
 
 def eager(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout: float) -> Tensor:
-    """matmul, scale, mask, fp32 softmax, (dropout,) matmul: four [b, n, s, s] tensors, two of them kept."""
-    size, square = q.itemsize, a.s * a.s
+    """matmul, scale, mask, fp32 softmax, (dropout,) matmul: four [b, n, s, s] tensors, two of them kept.
+
+    Under autocast each product takes its operands in half precision, whatever the projections gave.
+    """
+    given, square = q.itemsize, a.s * a.s
     grouped = a.n != a.k
     if grouped:
         k, v = repeat_kv(ops, k, a, "key"), repeat_kv(ops, v, a, "value")
-    cq = _side_by_side(ops, q, a, "query")
-    ck = k if grouped else _side_by_side(ops, k, a, "key")
+    y, x = as_operand(ops, k, "key"), as_operand(ops, q, "query")  # of a C++ call, the last argument first
+    cq = _side_by_side(ops, x, a, "query")
+    ck = y if grouped else _side_by_side(ops, y, a, "key")
     weights = matmul(ops, cq, ck, a.weights_numel, "attention scores")
-    del cq, ck
+    del cq, ck, x, y
     weights = ops.unary(weights, "scaled scores", False, "scaled scores gradient")
     causal = ops.new(square, BOOL, "causal mask")
     lower = ops.new(square, BOOL, "causal mask")
     causal = lower
     inverted = ops.new(square, BOOL, "causal mask")
     node = ops.tape.node([weights], _same(ops, weights, "masked scores gradient"), [inverted])
-    masked = ops.new(weights.numel, size, "masked scores")
+    masked = ops.new(weights.numel, weights.itemsize, "masked scores")
     masked.node = node
     del inverted
     weights = masked
     del masked, node
     soft = softmax_in_fp32(ops, weights, "attention weights, fp32")
-    narrow = ops.cast(soft, size, "attention weights")
+    narrow = ops.cast(soft, given, "attention weights")
     del soft
     weights = narrow
     del narrow
     if dropout:
         weights = ops.dropout(weights, "attention dropout")
-    cv = v if grouped else _side_by_side(ops, v, a, "value")
-    out = matmul(ops, weights, cv, a.q_numel, "attention output", grad_copy=a.q_numel if a.b > 1 else 0)
-    del cv  # then the function's local variables, in their order
+    y, x = as_operand(ops, v, "value"), as_operand(ops, weights, "attention weights")
+    cv = y if grouped else _side_by_side(ops, y, a, "value")
+    out = matmul(ops, x, cv, a.q_numel, "attention output", grad_copy=a.q_numel if a.b > 1 else 0)
+    del cv, x, y  # then the function's local variables, in their order
     del k, v
     del weights
     del causal, lower
     return out
+
+
+def as_operand(ops: Ops, x: Tensor, label: str) -> Tensor:
+    """What a product takes of x: under autocast a copy in half precision, unless it is in that already."""
+    return x if ops.amp is None else ops.cast(x, ops.amp, f"{label}, autocast copy")
 
 
 def _same(ops: Ops, x: Tensor, label: str):  # type: ignore[no-untyped-def]

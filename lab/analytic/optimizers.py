@@ -66,7 +66,9 @@ class TorchOptimizer(Optimizer):
         if first:
             self._make_states(params)
         if implementation == "foreach":
-            held = [new(n, size, "sqrt(exp_avg_sq)") for n, size in params]
+            held: list[Tensor] = []  # a variable of the loop over types: one's until the next one's are there
+            for kind in foreach_types([size for _, size in params]):
+                held = [new(n, size, "sqrt(exp_avg_sq)") for n, size in params if size == kind]
             del held
         elif implementation == "for_loop":
             denominator: Tensor | None = None

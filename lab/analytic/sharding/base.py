@@ -102,7 +102,8 @@ class Rule:
         drawn = self.tape.new(base.numel, FP32, f"DoRA base of {base.name}") if base else None
         tensor = self.tape.new(spec.numel, FP32, spec.name, PARAMETERS)
         if base and base.transposed and self.tape.trace.on_device_kernels:  # norms of a Conv1D's columns
-            partials = column_partials(*base.shape, self.cfg.hardware.num_streaming_multiprocessors)
+            rows, columns = base.shape
+            partials = column_partials(rows, columns, self.cfg.hardware.num_streaming_multiprocessors)
             held = [self.tape.new(n, 1, "partial norms") for n in partials]
             del held
         del drawn
