@@ -121,8 +121,8 @@ class Decoder:
             q, k, v = self.ops.split(qkv, [a.q_numel, a.kv_numel, a.kv_numel], "query, key and value gradient")
             return q, k, v
         q = self._linear(x, f"{prefix}.q_proj", "query")
-        k = self._linear(x, f"{prefix}.k_proj", "key")
-        k = flattened_key(self.ops, k, self.shape, self.backend)
+        flattened = partial(flattened_key, self.ops, a=self.shape, backend=self.backend)
+        k = self.linears(x, f"{prefix}.k_proj", "key", self.rows, as_rows=flattened)
         return q, k, self._linear(x, f"{prefix}.v_proj", "value")
 
     def _mlp(self, x: Tensor, prefix: str) -> Tensor:

@@ -22,6 +22,12 @@ class ModuleHooks(Protocol):
 
 
 Plain = Callable[[Tensor, str, str], Tensor]
+AsRows = Callable[[Tensor], Tensor]
+
+
+def same(x: Tensor) -> Tensor:
+    """x itself."""
+    return x
 
 
 class Linears:
@@ -34,25 +40,32 @@ class Linears:
     def __init__(self, cfg: RunConfig, ops: Ops, params: dict[str, Parameter], hooks: ModuleHooks) -> None:
         self.cfg, self.ops, self.p, self.hooks = cfg, ops, params, hooks
 
-    def __call__(self, x: Tensor, name: str, label: str, rows: int, plain: Plain | None = None) -> Tensor:
-        """``plain``: a family's own layer in nn.Linear's place, as (x, name, label)."""
-        x = self.hooks.enter(name, x)
-        return self.hooks.leave(name, self._forward(x, name, label, rows, plain))
+    def __call__(
+        self, x: Tensor, name: str, label: str, rows: int, plain: Plain | None = None, as_rows: AsRows = same
+    ) -> Tensor:
+        """``plain``: a family's own layer in nn.Linear's place, as (x, name, label).
 
-    def _forward(self, x: Tensor, name: str, label: str, rows: int, plain: Plain | None) -> Tensor:
+        ``as_rows``: what stands between a product's rows and a plain Linear's output, the adapter's too (its view).
+        """
+        x = self.hooks.enter(name, x)
+        if self.p[f"{name}.weight"].quantized:  # bitsandbytes gets the gradient as it is
+            return as_rows(self.hooks.leave(name, self._forward(x, name, label, rows, plain, same)))
+        return self.hooks.leave(name, self._forward(x, name, label, rows, plain, as_rows))
+
+    def _forward(self, x: Tensor, name: str, label: str, rows: int, plain: Plain | None, as_rows: AsRows) -> Tensor:
         if f"{name}.lora_A.weight" not in self.p:
-            return self._base(x, name, label, rows, plain)
+            return as_rows(self._base(x, name, label, rows, plain))
         weight, itemsize = self.p[f"{name}.weight"], self.p[f"{name}.lora_A.weight"].tensor.itemsize
 
         def base(y: Tensor) -> Tensor:
             y = self.hooks.enter(f"{name}.base_layer", y)
-            return self.hooks.leave(f"{name}.base_layer", self._base(y, name, label, rows, plain))
+            return self.hooks.leave(f"{name}.base_layer", as_rows(self._base(y, name, label, rows, plain)))
 
         def adapter(leaf: str, y: Tensor, count: int, out_label: str) -> Tensor:
             module = f"{name}.lora_{leaf}"
             y = self.hooks.enter(module, y)
             out = self.ops.linear(y, self.p[f"{module}.weight"], None, count, out_label)
-            return self.hooks.leave(module, out)
+            return self.hooks.leave(module, as_rows(out) if leaf == "B" and count == rows else out)
 
         def dropped(y: Tensor) -> Tensor:  # a module without dropout too: nn.Identity
             y = self.hooks.enter(f"{name}.lora_dropout", y)
