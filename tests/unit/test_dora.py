@@ -41,12 +41,3 @@ def test_nothing_of_a_weight_update_outlives_its_layer(checkpointing: str) -> No
     linears = 7 * cfg.model.num_layers
     # What a selective policy keeps of a product, it keeps until the recomputation.
     assert (layers, at_marks) == ((1, 0) if checkpointing != "selective" else (linears, linears))
-
-
-def test_the_sources_alone_are_said_to_be_behind_a_gpu_s_figures() -> None:
-    from lab.analytic import predict
-
-    for hardware, said in (("h200", True), ("cpu", False)):
-        assumptions = predict(load([*DORA, f"hardware={hardware}"]), "allocated").assumptions
-        assert any("not measured on a GPU" in a for a in assumptions) is said
-        assert not any("row norms" in a for a in assumptions)
