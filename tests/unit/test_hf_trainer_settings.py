@@ -179,7 +179,7 @@ def test_the_pause_comes_once_when_the_first_step_is_over(monkeypatch: pytest.Mo
     run = module.TrainerRun.__new__(module.TrainerRun)
     run.cfg, run.device = load(["parallel=ddp", "world_size=2", "hardware=h200"]), torch.device("cuda")
     run.phases = SimpleNamespace(begin_step=lambda step: None, end_step=lambda: None)  # type: ignore[assignment]
-    run.steps_begun = 0
+    run.steps_begun, run._accelerated = 0, None
     for _ in range(3):
         run.begin_step()
         run.end_step()
