@@ -13,7 +13,7 @@ from lab.config import ConfigError, RunConfig, load
 from lab.vocab import MemoryLevel
 
 MODELS = ("1b", "7b")
-STRATEGIES = (("single", 1), ("ddp", 4), ("zero3", 4), ("fsdp", 4))
+STRATEGIES = (("single", 1), ("ddp", 4), ("zero1", 4), ("zero2", 4), ("zero3", 4), ("fsdp", 4))
 LEVELS = ((MemoryLevel.ALLOCATED, "allocated"), (MemoryLevel.DEVICE_USED, "with_allocator"))
 REPEATS = 9
 

@@ -21,7 +21,7 @@ def test_every_strategy_and_level_has_its_figures(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(benchmark_predict, "_in_process", timed)
     monkeypatch.setattr(benchmark_predict, "_as_command", lambda c: commands.append(list(c)) or 300.0)
     figures = benchmark_predict.prediction_cost([])
-    strategies = [("single", 1), ("ddp", 4), ("zero3", 4), ("fsdp", 4)]
+    strategies = [("single", 1), ("ddp", 4), ("zero1", 4), ("zero2", 4), ("zero3", 4), ("fsdp", 4)]
     levels = ["allocated", "device_used"]
     assert seen == [(m, s, n, level) for m in ("1b", "7b") for s, n in strategies for level in levels]
     assert figures["7b_zero3_x4_allocated_ms"] == 2.0
