@@ -45,21 +45,20 @@ class Linears:
     ) -> Tensor:
         """``plain``: a family's own layer in nn.Linear's place, as (x, name, label).
 
-        ``as_rows``: what stands between a product's rows and a plain Linear's output, the adapter's too (its view).
+        ``as_rows``: what stands between a product's rows and a Linear's output, the adapter's too (its view). A 4-bit
+        one has none: its backward takes the gradient as it lies (matmul.cpp, should_fold).
         """
         x = self.hooks.enter(name, x)
-        if self.p[f"{name}.weight"].quantized:  # bitsandbytes gets the gradient as it is
-            return as_rows(self.hooks.leave(name, self._forward(x, name, label, rows, plain, same)))
         return self.hooks.leave(name, self._forward(x, name, label, rows, plain, as_rows))
 
     def _forward(self, x: Tensor, name: str, label: str, rows: int, plain: Plain | None, as_rows: AsRows) -> Tensor:
         if f"{name}.lora_A.weight" not in self.p:
-            return as_rows(self._base(x, name, label, rows, plain))
+            return self._base(x, name, label, rows, plain, as_rows)
         weight, itemsize = self.p[f"{name}.weight"], self.p[f"{name}.lora_A.weight"].tensor.itemsize
 
         def base(y: Tensor) -> Tensor:
             y = self.hooks.enter(f"{name}.base_layer", y)
-            return self.hooks.leave(f"{name}.base_layer", as_rows(self._base(y, name, label, rows, plain)))
+            return self.hooks.leave(f"{name}.base_layer", self._base(y, name, label, rows, plain, as_rows))
 
         def adapter(leaf: str, y: Tensor, count: int, out_label: str) -> Tensor:
             module = f"{name}.lora_{leaf}"
@@ -86,12 +85,12 @@ class Linears:
         up = partial(up, count=rows, out_label=f"{label} adapter B")
         return lora(self.ops, base, down, up, dropped, x, itemsize, label, kind)
 
-    def _base(self, x: Tensor, name: str, label: str, rows: int, plain: Plain | None) -> Tensor:
+    def _base(self, x: Tensor, name: str, label: str, rows: int, plain: Plain | None, as_rows: AsRows) -> Tensor:
         if plain is not None:
             return plain(x, name, label)
         w, b = self.p[f"{name}.weight"], self.p.get(f"{name}.bias")
         if w.quantized is None:
-            return self.ops.linear(x, w, b, rows, label)
+            return as_rows(self.ops.linear(x, w, b, rows, label))
         if w.quantized.kind == "int8":
-            return linear_int8(self.ops, x, w, b, rows, label)
+            return as_rows(linear_int8(self.ops, x, w, b, rows, label))
         return linear_4bit(self.ops, x, w, b, rows, label, self.cfg.quantization)
