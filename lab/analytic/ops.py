@@ -113,6 +113,8 @@ class Ops(BaseOps):
         out_features, in_features = w.shape
         size, tape, ops, name = x.itemsize, self.tape, self, w.name  # not w itself: backward keeps no weight
         category = LOSS if label == "logits" else MemoryCategory.TEMPORARIES
+        if bias is not None:  # _flatten_nd_linear: input.reshape before weight.t(), so that it goes on after that
+            x = x.view(node=tape.node([x], lambda g: [viewed(g[0])]))
         # weight.t() is a node between the product and the weight: its gradient waits there for its turn.
         turned = Tensor(weight.storage, weight.numel, size, tape.node([weight], lambda g: [viewed(g[0])]))
         needs_x, needs_w, numel_x = x.node is not None, weight.node is not None, x.numel

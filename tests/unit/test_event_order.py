@@ -83,7 +83,8 @@ OWN = [
     ["attention=eager", "precision=bf16_pure", "checkpointing=full", "model.norm=rmsnorm"],
     ["attention=math", "precision=fp32", "model.dropout=0.1", "checkpointing=selective"],
     ["loss=chunked", "model.fused_qkv=true", "train.max_grad_norm=1.0", "optimizer=adafactor"],
-    ["adapter=lora", "quantization=nf4", "precision=bf16_pure"],
+    ["adapter=lora", "quantization=nf4", "attention=eager"],
+    ["model.bias=true", "precision=fp32", "train.gradient_accumulation_steps=2"],
     ["engine=accelerate", "train.gradient_accumulation_steps=2", "loss=in_place", "model.tied_head=true"],
 ]
 FAMILIES = [
