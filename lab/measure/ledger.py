@@ -67,6 +67,7 @@ class Ledger:
         self._workspace_sizes = frozenset(size for size in workspace_sizes if size)
         self._selective, self._bound = selective, bound
         self._claims: dict[int, tuple[MemoryCategory, Any]] = {}  # StorageImpl address -> category, weak reference
+        self._leaves: dict[int, weakref.ref[Tensor]] = {}  # by id: leaves of the graph, through views that were saved
 
     def watch_forward(self) -> AbstractContextManager[Any]:
         """Around a forward pass: see what autograd saves."""
@@ -99,6 +100,10 @@ class Ledger:
             self._claim_checkpoint_caches()
         if self._bound:
             self._claim_bound_arguments()
+        for leaf in [reference() for reference in self._leaves.values()]:
+            if leaf is not None and leaf.grad is not None:  # a parameter's own is among ``known``, as a gradient
+                for storage in local_storages(leaf.grad):
+                    own(MemoryCategory.ACTIVATIONS, storage)
         for category, reference in list(self._claims.values()):
             storage = reference()
             if storage is not None:
@@ -129,7 +134,21 @@ class Ledger:
 
     def _pack(self, tensor: Tensor) -> Tensor:
         self._claim_saved(tensor)
+        self._remember_leaf(tensor)
         return tensor if tensor.is_leaf else tensor.detach()
+
+    def _remember_leaf(self, tensor: Tensor) -> None:
+        """The leaf under a saved view. It may be nobody's parameter: peft makes a new one of a Conv1D's weight, whose
+        gradient stays until the graph goes.
+        """
+        for function, _ in tensor.grad_fn.next_functions if tensor.grad_fn is not None else ():
+            leaf = getattr(function, "variable", None)  # AccumulateGrad's
+            if leaf is not None and id(leaf) not in self._leaves:
+                self._leaves[id(leaf)] = weakref.ref(leaf, partial(self._forget, id(leaf)))
+
+    def _forget(self, key: int, reference: Any) -> None:
+        if self._leaves.get(key) is reference:
+            del self._leaves[key]
 
     def _claim_saved(self, tensor: Tensor) -> None:
         category = self._saved_category(tensor)

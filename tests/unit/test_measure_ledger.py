@@ -214,3 +214,20 @@ def test_leftovers_are_listed_by_size() -> None:
     allocations = {i: Allocation(512, 8, 512) for i in range(3)} | {9: Allocation(1024, 1000, 1024)}
     assert by_size(allocations) == "1 x 1000 B, 3 x 8 B"
     assert by_size(allocations, most=1) == "1 x 1000 B, and 1 more sizes"
+
+
+def test_the_gradient_of_a_parameter_that_only_the_graph_holds_is_an_activation() -> None:
+    """As peft's DoRA makes one of a Conv1D's weight: F.linear keeps a view of it, and AccumulateGrad the rest."""
+    ledger, tracker = Ledger(vocab_size=1000), StorageTracker()
+    weight, x = torch.randn(64, 48), torch.randn(2, 64, requires_grad=True)
+    tracker.start()
+    with ledger.watch_forward():
+        y = nn.functional.linear(x, nn.Parameter(weight.T))
+    y.backward(torch.ones_like(y), retain_graph=True)
+    tracker.stop()
+    tracker.register([weight, x])
+    known = [(C.PARAMETERS, weight), (C.ACTIVATIONS, y), (C.ACTIVATIONS, x)]
+    assert x.grad is not None
+    reading = ledger.count([*known, (C.GRADIENTS, x.grad)], cpu_census(tracker))
+    assert reading.unattributed_bytes == 0
+    assert reading.categories[C.ACTIVATIONS] == y.nbytes + x.nbytes + weight.nbytes
