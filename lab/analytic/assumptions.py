@@ -36,7 +36,7 @@ def assumptions(cfg: RunConfig, managed_bytes: int = 0) -> list[str]:
     if cfg.parallel.strategy is Strategy.ZERO3 and cfg.hardware.device_type == "cuda" and cfg.world_size > 1:
         out.append(
             "ZeRO-3: blocks of gathered parameters are free again once released, as if the GPU kept up with the "
-            "host; where it is behind, reserved and device_used are higher (experiments/zero3_batch: up to 4 %)"
+            "host; where it is behind, reserved and device_used are higher (by how much: experiments/zero3_batch)"
         )
     waits = cfg.parallel.ddp.release_first_bucket
     if cfg.parallel.strategy is Strategy.DDP and cfg.hardware.device_type == "cuda" and not waits:

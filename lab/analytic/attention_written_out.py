@@ -51,17 +51,21 @@ def _side_by_side(ops: Ops, x: Tensor, a: AttentionShape, label: str) -> Tensor:
     return contiguous_copy(ops, x, label) if a.b > 1 else x
 
 
-def softmax(ops: Ops, x: Tensor, label: str) -> Tensor:
-    """Softmax: keeps its output; the CUDA backward first makes grad * output (SoftMax.cu)."""
+def softmax(ops: Ops, x: Tensor, label: str, wide: bool = False) -> Tensor:
+    """Softmax: keeps its output; the CUDA backward first makes grad * output (SoftMax.cu).
+
+    ``wide``: the output is fp32, whatever x is.
+    """
     numel, size, tape = x.numel, x.itemsize, ops.tape
+    out_size = FP32 if wide else size
 
     def backward(grads: Grads) -> Grads:
         g = tape.new(numel, size, label + " gradient")
-        ops.scratch(numel * size, "softmax backward product")
+        ops.scratch(numel * out_size, "softmax backward product")
         return [g]
 
     node = tape.node([x], backward)
-    y = ops.new(numel, size, label)
+    y = ops.new(numel, out_size, label)
     tape.save(node, y)
     y.node = node
     return y
@@ -69,20 +73,9 @@ def softmax(ops: Ops, x: Tensor, label: str) -> Tensor:
 
 def softmax_in_fp32(ops: Ops, x: Tensor, label: str) -> Tensor:
     """softmax(x, dtype=torch.float32): of an fp32 copy, but of fp16 on CUDA one kernel reads x itself (SoftMax.cpp)."""
-    if not (ops.half_is_fp16 and x.itemsize == BF16 and ops.tape.trace.on_device_kernels):
-        return softmax(ops, ops.cast(x, FP32, "scores, fp32"), label)
-    numel, size, tape = x.numel, x.itemsize, ops.tape
-
-    def backward(grads: Grads) -> Grads:
-        g = tape.new(numel, size, label + " gradient")
-        ops.scratch(numel * FP32, "softmax backward product")
-        return [g]
-
-    node = tape.node([x], backward)
-    y = ops.new(numel, FP32, label)
-    tape.save(node, y)
-    y.node = node
-    return y
+    if ops.half_is_fp16 and x.itemsize == BF16 and ops.tape.trace.on_device_kernels:
+        return softmax(ops, x, label, wide=True)
+    return softmax(ops, ops.cast(x, FP32, "scores, fp32"), label)
 
 
 def eager(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout: float) -> Tensor:

@@ -2,8 +2,8 @@
 
 The limit is that of ``torch.cuda.set_per_process_memory_fraction``: a segment is refused when the segments held and it
 are more than the limit; then every segment that is one free block goes back, and it is asked for once more
-(``lab.analytic.allocator``). Every step is replayed, up to three beyond the one from which steps repeat, since what
-was returned to the driver changes how later steps are served.
+(``lab.analytic.allocator``). Every step is replayed, up to two beyond the one from which the free blocks repeat, since
+what was returned to the driver changes how later steps are served.
 
 Left out: what other processes hold on the GPU, and NCCL, which takes its memory from the driver without the limit.
 """

@@ -54,13 +54,16 @@ class Point:
 
 
 def chosen(names: str) -> list[Formula]:
-    """``all``, or names with commas between; an unknown one is a ConfigError."""
+    """``all``, or names or their beginnings with commas between; one that is not one formula's is a ConfigError."""
     if names == "all":
         return list(FORMULAS.values())
+    found = []
     for name in names.split(","):
-        if name not in FORMULAS:
+        meant = [name] if name in FORMULAS else [f for f in FORMULAS if name and f.startswith(name)]
+        if len(meant) != 1:
             raise ConfigError("--formula", name, f"one of all, {', '.join(FORMULAS)}")
-    return [FORMULAS[name] for name in names.split(",")]
+        found.append(FORMULAS[meant[0]])
+    return found
 
 
 def evaluate(

@@ -269,3 +269,19 @@ def test_a_broadcast_bucket_has_one_type_of_packed_weights_too() -> None:
     together, adapters = copies["bf16"]
     plain, its_packed, its_adapters = copies["fp16"]
     assert (its_packed, plain + packed, its_adapters) == (packed, together, adapters)
+
+
+@pytest.mark.parametrize(("precision", "copies"), [("bf16_mixed", 1), ("fp16_mixed", 0)])
+def test_a_softmax_in_fp32_reads_fp16_scores_itself(precision: str, copies: int) -> None:
+    """_softmax has half_to_float for fp16 alone (SoftMax.cpp); either way the weights that it keeps are fp32."""
+    replay = Replay(
+        load(["model=25m", "model.num_layers=1", "attention=eager", f"precision={precision}", "hardware=h200"])
+    )
+    replay.build()
+    replay.step()
+    made = {e[4]: e[2] for e in replay.trace.events if e[0] == ALLOC}
+    shape = replay.decoder.shape
+    assert ("scores, fp32" in made) == bool(copies)
+    assert made["attention weights, fp32"] == 4 * shape.weights_numel
+    assert made["softmax backward product"] == 4 * shape.weights_numel
+    assert made["attention weights, fp32 gradient"] == (4 if copies else 2) * shape.weights_numel

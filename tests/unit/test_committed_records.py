@@ -89,7 +89,9 @@ def test_every_record(level: str, worst: float, worst_of_zero3: float) -> None:
 def test_what_a_build_reserves_is_right_to_the_byte() -> None:
     """Nothing is timing there; what it leaves behind is where later tensors go."""
     builds = 0
-    for _, record in read_records([p.parent for p in EXPERIMENTS.glob("h200_*/records.jsonl")]):
+    for _, record in read_records([p.parent for p in EXPERIMENTS.glob("*/records.jsonl")]):
+        if record.config["hardware"]["device_type"] != "cuda" or record.config["engine"]["kind"] == "hf_trainer":
+            continue
         cfg = _with_todays_hardware(run_config_from_json(record.config))
         build = record.ranks[0].build if record.status is RunStatus.OK else None
         if build is None:
@@ -99,7 +101,7 @@ def test_what_a_build_reserves_is_right_to_the_byte() -> None:
         done = simulate(replay.trace.events, replay.trace.next_id, made_by=allocator_of(cfg))
         assert (done.reserved[-1], done.allocated[-1]) == (build.end_reserved_bytes, build.end_allocated_bytes)
         builds += 1
-    assert builds >= 300
+    assert builds >= 550
 
 
 def test_most_are_right_to_the_byte() -> None:
@@ -136,13 +138,15 @@ def test_ddps_first_bucket_goes_early_or_late() -> None:
 
     One of the two is always within 0.5 %, but for a run in which the driver's addresses decide (h200_blind5's README).
     """
-    early = late_though_released = off = 0
+    early = late_though_released = 0
+    off = []
     for cfg, measured in ddp_records():
         released, held = (abs(reserved_bytes(cfg, flag) / measured - 1) for flag in (True, False))
-        off += min(released, held) > 0.005
+        if min(released, held) > 0.005:
+            off.append((cfg.model.vocab_size, cfg.world_size, cfg.precision.kind.value))
         early += released < held
         late_though_released += cfg.parallel.ddp.release_first_bucket and held < released
-    assert off <= 1
+    assert off == [(30011, 4, "fp16_mixed")]
     assert early >= 5
     assert late_though_released == 0
 

@@ -223,3 +223,10 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 def test_unknown_formula() -> None:
     with pytest.raises(ConfigError, match="crystal_ball"):
         chosen("crystal_ball")
+
+
+def test_a_formula_may_be_named_by_its_beginning() -> None:
+    assert [f.name for f in chosen("zero,korthikanti")] == ["zero_table1", "korthikanti"]
+    for name in ("hf", "", "zeros"):  # two begin so; all do; none does
+        with pytest.raises(ConfigError, match="--formula"):
+            chosen(name)
