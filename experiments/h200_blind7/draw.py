@@ -61,7 +61,10 @@ def hf_model(rng: random.Random) -> dict[str, Any]:
     family = rng.choice(["llama", "llama", "mistral", "qwen2", "qwen2", "qwen3", "gemma", "gpt2", "gpt2"])
     if family == "gpt2":
         drawn = {
-            **{"n_embd": query * head_dim, "n_layer": layers, "n_head": query, "n_positions": 8192},
+            "n_embd": query * head_dim,
+            "n_layer": layers,
+            "n_head": query,
+            "n_positions": 8192,
             "activation_function": rng.choice(["gelu_new", "gelu", "gelu_pytorch_tanh"]),
             **{k: rng.choice([0.0, 0.1]) for k in ("attn_pdrop", "embd_pdrop", "resid_pdrop")},
             "n_inner": rng.choice([None, None, rng.randint(100, 6000)]),
@@ -69,8 +72,12 @@ def hf_model(rng: random.Random) -> dict[str, Any]:
     else:
         hidden = query * head_dim if rng.random() < 0.6 else rng.randrange(64, 3000, 8)
         drawn = {
-            **{"hidden_size": hidden, "intermediate_size": rng.randint(100, 9000), "num_hidden_layers": layers},
-            **{"num_attention_heads": query, "num_key_value_heads": key, "head_dim": head_dim},
+            "hidden_size": hidden,
+            "intermediate_size": rng.randint(100, 9000),
+            "num_hidden_layers": layers,
+            "num_attention_heads": query,
+            "num_key_value_heads": key,
+            "head_dim": head_dim,
             "max_position_embeddings": 32768,
             "hidden_act": rng.choice(["silu", "silu", "gelu_pytorch_tanh", "gelu"]),
             "rope_theta": 10000.0,

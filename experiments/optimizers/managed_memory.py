@@ -1,8 +1,10 @@
-"""How much of the GPU the driver takes for CUDA managed memory: ``python experiments/optimizers/managed_memory.py``.
+"""How much of the GPU the driver takes for CUDA managed memory.
 
-Paged optimizer states are many managed allocations. For each size of one, a process of its own makes and touches them
-(by a fill on the GPU and a prefetch, as bitsandbytes does) until the driver has taken memory from the card five times,
-and notes after how many it did, by NVML. One line of JSON per size; needs an idle GPU.
+    python experiments/optimizers/managed_memory.py > experiments/optimizers/managed_memory.jsonl
+
+Paged optimizer states are many managed allocations. For each list of sizes below a process of its own makes and fills
+some, in turn, until the driver has taken memory from the card six times, and notes after how many it did, by NVML. One
+line of JSON per list; needs an idle GPU and CUDA's runtime library on the loader's path (LD_LIBRARY_PATH).
 """
 
 from __future__ import annotations
@@ -12,49 +14,47 @@ import json
 import subprocess
 import sys
 
-MIB = 1 << 20
-KIB = 1 << 10
-SIZES = [100 * KIB, 200 * KIB, 391 * KIB, 512 * KIB, 560 * KIB, 640 * KIB, 705 * KIB, 768 * KIB, 900 * KIB, MIB]
-SIZES += [MIB + 4 * KIB, 1280 * KIB, 1536 * KIB, 2 * MIB, 2 * MIB + 64 * KIB, 3 * MIB, 5 * MIB + 300 * KIB]
+MIB, KIB = 1 << 20, 1 << 10
+ALONE = [100, 200, 391, 512, 560, 640, 705, 768, 900, 1024, 1028, 1280, 1536, 2048, 2112, 3072, 5420]  # KiB
+MIXED = [[700, 700, 700, 500], [1000, 300], [300, 1000], [1500, 400], [2500, 300, 300], [98, 900, 1100], [391, 1024]]
+LISTS = [[n * KIB] for n in ALONE] + [[n * KIB for n in sizes] for sizes in MIXED] + [[100_000], [173_001, 350_000]]
 
 
-def steps_of(size: int) -> dict[str, object]:
-    """Allocations made when the device use rose, and by how many bytes, for ``size`` bytes each."""
+def rises_of(sizes: list[int]) -> dict[str, object]:
+    """Allocations made when the device use rose, and by how many bytes; the first addresses, from the first one on."""
     import pynvml
-    import torch
 
-    torch.zeros(1, device="cuda")
     runtime = ctypes.CDLL("libcudart.so.13")
+    if runtime.cudaFree(None):
+        raise RuntimeError("no CUDA context")
     pynvml.nvmlInit()
     handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-
-    def used() -> int:
-        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
-
-    pointer, addresses, rises, before = ctypes.c_void_p(), [], [], used()
-    first = before
+    addresses: list[int] = []
+    rises: list[tuple[int, int]] = []
+    before = int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
     while len(rises) < 6 and len(addresses) < 6000:
-        if runtime.cudaMallocManaged(ctypes.byref(pointer), ctypes.c_size_t(size), 1):
-            raise RuntimeError("cudaMallocManaged failed")
-        runtime.cudaMemset(pointer, 0, ctypes.c_size_t(size))
+        pointer, size = ctypes.c_void_p(), ctypes.c_size_t(sizes[len(addresses) % len(sizes)])
+        if runtime.cudaMallocManaged(ctypes.byref(pointer), size, 1) or runtime.cudaMemset(pointer, 0, size):
+            raise RuntimeError("CUDA refused an allocation")
         runtime.cudaDeviceSynchronize()
         addresses.append(int(pointer.value or 0))
-        now = used()
+        now = int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
         if now != before:
-            rises.append([len(addresses), now - before])
+            rises.append((len(addresses), now - before))
             before = now
-    offsets = [a - addresses[0] for a in addresses[:12]]
-    return {"size": size, "rises": rises, "taken": before - first, "offsets": offsets}
+    return {"sizes": sizes, "rises": rises, "offsets": [a - addresses[0] for a in addresses[:16]]}
 
 
 def main() -> int:
     if len(sys.argv) > 1:
-        print(json.dumps(steps_of(int(sys.argv[1]))), flush=True)
+        print(json.dumps(rises_of([int(size) for size in sys.argv[1:]])), flush=True)
         return 0
-    for size in SIZES:
-        done = subprocess.run([sys.executable, __file__, str(size)], check=False, capture_output=True, text=True)
-        print(done.stdout.strip() or f"{size}: {done.stderr.strip()[-300:]}", flush=True)
-    return 0
+    failed = 0
+    for sizes in LISTS:
+        done = subprocess.run([sys.executable, __file__, *map(str, sizes)], capture_output=True, text=True, check=False)
+        failed += done.returncode != 0
+        print(done.stdout.strip() or f"{sizes}: {done.stderr.strip()[-300:]}", flush=True)
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lab.analytic.attention_fused import fused
-from lab.analytic.attention_shape import AttentionShape
+from lab.analytic.attention_shape import AttentionShape, pads_heads
 from lab.analytic.attention_written_out import contiguous_copy, eager, math, repeat_kv
 from lab.analytic.ops import Ops
 from lab.analytic.tape import Tensor
@@ -18,16 +18,21 @@ def in_heads(
     """x.view(b, s, n, d).transpose(1, 2) of each. Backward: a copy, where the gradient's heads lie one after another.
 
     Eager and math leave gradients [b, n, s, d] in memory, but that of the key [b, n, d, s], which needs no copy to be
-    seen as [b, s, n * d], unless repeated heads were summed. Fused kernels write [b, s, n, d].
+    seen as [b, s, n * d], unless repeated heads were summed. Fused kernels write [b, s, n, d], but for padded heads.
     """
-    if backend not in WRITTEN_OUT:
+    if not heads_first(ops, a, backend):
         return q, k, v
     if a.n > 1:  # a single head lies as its Linear's output does
         q = _gradient_copied(ops, q, "query")
     if a.k > 1:
-        k = _gradient_copied(ops, k, "key") if a.n != a.k else k
+        k = _gradient_copied(ops, k, "key") if a.n != a.k or backend not in WRITTEN_OUT else k
         v = _gradient_copied(ops, v, "value")
     return q, k, v
+
+
+def heads_first(ops: Ops, a: AttentionShape, backend: AttentionBackend) -> bool:
+    """Do the output and the gradients lie in memory one head after another, not one token after another?"""
+    return backend in WRITTEN_OUT or pads_heads(backend, a, ops.tape.trace.on_device_kernels)
 
 
 def flattened_key(ops: Ops, k: Tensor, a: AttentionShape, backend: AttentionBackend) -> Tensor:
@@ -68,6 +73,6 @@ def autocast_attention(
     return attention(ops, q, k, v, a, backend, dropout)
 
 
-def contiguous(ops: Ops, y: Tensor, backend: AttentionBackend) -> Tensor:
-    """y.transpose(1, 2).reshape(b, s, n * d): a copy after eager and math; fused kernels write that layout."""
-    return contiguous_copy(ops, y, "attention output") if backend in WRITTEN_OUT else y
+def contiguous(ops: Ops, y: Tensor, a: AttentionShape, backend: AttentionBackend) -> Tensor:
+    """y.transpose(1, 2).reshape(b, s, n * d): a copy where heads lie one after another."""
+    return contiguous_copy(ops, y, "attention output") if heads_first(ops, a, backend) else y

@@ -7,7 +7,9 @@ and attention_backward.cu; cuDNN: MHA.cpp.
 
 from __future__ import annotations
 
-from lab.analytic.attention_shape import AttentionShape
+from dataclasses import replace
+
+from lab.analytic.attention_shape import AttentionShape, pads_heads
 from lab.analytic.ops import Ops
 from lab.analytic.tape import FP32, Grads, Tensor
 from lab.vocab import AttentionBackend
@@ -21,12 +23,48 @@ def fused(
     ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, backend: AttentionBackend, dropout: float
 ) -> Tensor:
     """Flash, cuDNN, memory-efficient (and the CPU's flash): keeps q, k, v, the output and log-sum-exp per row."""
+    if not pads_heads(backend, a, ops.tape.trace.on_device_kernels):
+        return _kernel(ops, q, k, v, a, backend, dropout)
+    tape, cut, size = ops.tape, a.q_numel, q.itemsize
+    wide = replace(a, d=_round_up(a.d, 8))
+    q = _padded(ops, q, wide.q_numel, "query")
+    k = _padded(ops, k, wide.kv_numel, "key")
+    v = _padded(ops, v, wide.kv_numel, "value")
+    y = _kernel(ops, q, k, v, wide, backend, dropout, heads_first=True)
+    return y.view(cut, tape.node([y], lambda _: [tape.new(wide.q_numel, size, "attention output gradient, padded")]))
+
+
+def _padded(ops: Ops, x: Tensor, numel: int, label: str) -> Tensor:
+    """pad_last_dim<8>: a copy whose heads lie one after another. Backward: a clone of the gradient's first part."""
+    cut, size, tape = x.numel, x.itemsize, ops.tape
+    node = tape.node([x], lambda _: [tape.new(cut, size, label + " gradient")])
+    y = ops.new(numel, size, label + ", padded")
+    y.node = node
+    return y
+
+
+def _kernel(
+    ops: Ops,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: AttentionShape,
+    backend: AttentionBackend,
+    dropout: float,
+    heads_first: bool = False,
+) -> Tensor:
+    """``heads_first``: q, k and v are [b, n, s, d] in memory, not [b, s, n, d] as projections are."""
     size, tape, gpu = q.itemsize, ops.tape, ops.tape.trace.on_device_kernels
     rows = a.b * a.n * a.s
     seeds = {AttentionBackend.FLASH: 2, AttentionBackend.CUDNN: 2}.get(backend, 0) if gpu else 0
     grouped = a.n != a.k
 
+    turned = heads_first and a.n > 1 and a.s > 1
+
     def backward(grads: Grads) -> Grads:
+        # _flash_attention_backward takes the output and its gradient as [b, s, n, d]
+        labels = ("attention output gradient, contiguous", "attention output, contiguous") if turned else ()
+        rows_first = [tape.new(a.q_numel, size, label) for label in labels]
         gq = tape.new(a.q_numel, size, "query gradient")
         gk = tape.new(a.kv_numel, size, "key gradient")
         gv = tape.new(a.kv_numel, size, "value gradient")
@@ -54,6 +92,8 @@ def fused(
         accumulator = tape.new(a.b * a.n * tall * _wide(a.d), FP32, "fp32 query gradient accumulator")
         both = [tape.new(a.q_numel, size, "expanded key/value gradient") for _ in range(2 if grouped else 0)]
         del both, accumulator, sums  # C++ locals go last first
+        while rows_first:
+            rows_first.pop()
         return [gq, gk, gv]
 
     node = tape.node([q, k, v], backward, [k, q, v])  # declared by name: key, query, value

@@ -35,14 +35,25 @@ def choose_backend(
 ) -> AttentionBackend:
     """The kernel that ``auto`` stands for.
 
-    CUDA, torch 2.11 on sm_90 (sdp_utils.cpp, priority cuDNN, flash, memory-efficient, math): cuDNN for half
-    precision with head_dim up to 128 and a multiple of 8, flash up to 256, memory-efficient for fp32, math for
-    fp32 with grouped heads. CPU (sdp_utils_cpp.cpp): flash without dropout, else math.
+    CUDA, torch 2.11 on sm_90 (sdp_utils.cpp, priority cuDNN, flash, memory-efficient, math): cuDNN for half precision
+    with head_dim up to 128 and a multiple of 8, and more than one token; flash for half precision up to 256;
+    memory-efficient without grouped heads, head_dim a multiple of 16 bytes (minimum_gemm_alignment); else math. CPU
+    (sdp_utils_cpp.cpp): flash without dropout, else math.
     """
     if asked is not AttentionBackend.AUTO:
         return asked
     if device_type == "cpu":
         return AttentionBackend.MATH if dropout else AttentionBackend.FLASH
-    if precision is not Precision.FP32 and shape.d % 8 == 0 and shape.d <= 256:
-        return AttentionBackend.CUDNN if shape.d <= 128 else AttentionBackend.FLASH
-    return AttentionBackend.MATH if shape.n != shape.k else AttentionBackend.MEM_EFFICIENT
+    half = precision is not Precision.FP32
+    if half and shape.d % 8 == 0 and shape.d <= 128 and shape.s > 1:
+        return AttentionBackend.CUDNN
+    if half and shape.d <= 256:
+        return AttentionBackend.FLASH
+    if shape.n == shape.k and shape.d % (8 if half else 4) == 0:
+        return AttentionBackend.MEM_EFFICIENT
+    return AttentionBackend.MATH
+
+
+def pads_heads(backend: AttentionBackend, shape: AttentionShape, gpu: bool) -> bool:
+    """Flash on a GPU takes heads of whole 8 elements: shorter ones are padded by scaled_dot_product_attention."""
+    return gpu and backend is AttentionBackend.FLASH and shape.d % 8 != 0

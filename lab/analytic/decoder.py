@@ -112,7 +112,9 @@ class Decoder:
             q = self.ops.rope(q, "query")
             k = self.ops.rope(k, "key")
         y = autocast_attention(self.ops, q, k, v, self.shape, self.backend, self.cfg.model.dropout)
-        return self._linear(contiguous(self.ops, y, self.backend), f"{prefix}.o_proj", "attention projection")
+        return self._linear(
+            contiguous(self.ops, y, self.shape, self.backend), f"{prefix}.o_proj", "attention projection"
+        )
 
     def _project(self, x: Tensor, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
         if self.cfg.model.fused_qkv:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lab.analytic.managed_memory import ManagedMemory
 from lab.analytic.optimizers import STATES, Optimizer, Shape
 from lab.analytic.tape import FP32, Tape, Tensor
 from lab.config import OptimizerConfig
@@ -28,11 +29,6 @@ from lab.config.limits import check_elements
 BLOCK_SIZE = 256  # init_state, blocksize: not a setting
 TABLE = 256  # entries of a code table
 PAGED_FROM = 100_000  # elements; get_state_buffer: smaller tensors are not paged
-# Managed memory on the GPU: the driver hands out pages of 64 KiB and more, cut from root chunks of 2 MiB, and takes
-# those from the card 1 << uvm_perf_pma_batch_nonpinned_order (6) at a time.
-# Source: open-gpu-kernel-modules, kernel-open/nvidia-uvm/uvm_pmm_gpu.c.
-MANAGED_PAGE = 64 << 10
-MANAGED_BATCH = 64 * (2 << 20)
 UINT8 = 1
 
 
@@ -45,7 +41,7 @@ class BitsAndBytes(Optimizer):
         self.bits = 32 if cfg.kind == "paged_adamw_32bit" else 8
         self.paged = cfg.kind.startswith("paged_") and tape.trace.on_device_kernels
         self.tables: list[Tensor] = []
-        self._pages = 0  # of managed memory
+        self.managed = ManagedMemory()
         self.in_32_bits: frozenset[tuple[int, int]] = frozenset()  # GlobalOptimManager.index2config: (group, place)
         if self.bits == 8 and not tape.trace.on_device_kernels:
             self._make_tables(2)
@@ -69,9 +65,9 @@ class BitsAndBytes(Optimizer):
             self._make_tables(count)
         size = UINT8 if eight else FP32
         if managed:
-            self.managed_bytes += count * numel * size
-            self._pages += count * -(-numel * size // MANAGED_PAGE)
-            self.managed_device_bytes = -(-self._pages * MANAGED_PAGE // MANAGED_BATCH) * MANAGED_BATCH
+            for _ in range(count):
+                self.managed.take(numel * size)
+            self.managed_bytes, self.managed_device_bytes = self.managed.requested_bytes, self.managed.device_bytes
         else:
             self.states += [self.tape.new(numel, size, f"state{i + 1}", STATES) for i in range(count)]
         if eight:

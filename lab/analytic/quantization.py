@@ -224,6 +224,14 @@ def _int8_on_gpu(ops: Ops, x: Tensor, w: Parameter, rows: int, label: str) -> Te
     codes = ops.new(x.numel, 1, label + " input, int8")
     del half
     product = ops.new(rows * out_features, FP32, label + ", int32")
+    if w.shape[1] % 4:  # cuBLASLt refuses: torch.matmul(B.float(), A.float().t()).to(torch.int32), copied to the output
+        wide = [ops.new(x.numel, FP32, label + " input, fp32"), ops.new(w.numel, FP32, f"{w.name}, fp32")]
+        result = ops.new(rows * out_features, FP32, label + ", fp32")
+        ops.matmul_workspace("forward", lt=False)
+        while wide:
+            wide.pop(0)
+        result = ops.new(rows * out_features, FP32, label + ", int32")
+        del result
     out16 = ops.new(rows * out_features, BF16, label + ", fp16")
     y = out16 if is_fp16 else ops.new(rows * out_features, x.itemsize, label)
     del product, out16, codes, scales

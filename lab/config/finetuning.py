@@ -30,6 +30,12 @@ def check_finetuning(cfg: RunConfig) -> None:
         check_saved_adapter(cfg.adapter.load, cfg.adapter.allow_pickle)
 
 
+def upcast_beside_quantized(cfg: RunConfig) -> bool:
+    """Is all but the quantized base fp32, in bf16_pure too (prepare_model_for_kbit_training)? ZeRO casts it back."""
+    prepared = cfg.quantization.kind != "none" and cfg.adapter.prepare_kbit
+    return prepared and cfg.precision.kind is Precision.BF16_PURE and not cfg.parallel.strategy.zero_stage
+
+
 def linear_paths(model: ModelConfig) -> tuple[str, ...]:
     """Names of the Linears (GPT-2's: Conv1D) of the model's blocks; with Hugging Face an untied head's too."""
     parts: tuple[str, ...]
@@ -62,6 +68,8 @@ def _quantization(cfg: RunConfig) -> None:
         raise ConfigError(
             "quantization", q.kind, "GPT-2's layers in transformers are Conv1D, not Linears: nothing to pack"
         )
+    if q.kind == "int8" and cfg.hardware.device_type == "cuda":
+        _int8_products(cfg)
     if q.kind != "int8" and q.block_size not in BLOCK_SIZES:
         raise ConfigError("quantization.block_size", q.block_size, f"one of {', '.join(map(str, BLOCK_SIZES))}")
     head = "head" if cfg.model.family == "lab" else "hf.lm_head"
@@ -80,6 +88,33 @@ def _quantization(cfg: RunConfig) -> None:
         )
     if cfg.train.compile:
         raise ConfigError("train.compile", True, "not with quantized layers, whose products PyTorch cannot trace")
+
+
+def _int8_products(cfg: RunConfig) -> None:
+    """cuBLASLt's int8 product writes rows of whole 4 elements; bitsandbytes goes around it only for such inputs."""
+    m = cfg.model
+    if m.family == "other":
+        return
+    q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
+    sizes = {  # (in, out), by a name's last part
+        "qkv_proj": (m.hidden_size, q + 2 * kv),
+        "q_proj": (m.hidden_size, q),
+        "o_proj": (q, m.hidden_size),
+        **dict.fromkeys(("k_proj", "v_proj"), (m.hidden_size, kv)),
+        **dict.fromkeys(("gate_proj", "up_proj"), (m.hidden_size, m.intermediate_size)),
+        "down_proj": (m.intermediate_size, m.hidden_size),
+        "lm_head": (m.hidden_size, m.vocab_size),
+    }
+    for name in linear_paths(m):
+        leaf = name.rpartition(".")[2]
+        width, rows = sizes[leaf]
+        if width % 4 == 0 and rows % 4 and not _names(name, cfg.quantization.skip_modules):
+            raise ConfigError(
+                "quantization",
+                "int8",
+                f"cuBLASLt's int8 product needs outputs that are a multiple of 4, and {leaf} has {rows}: add it to "
+                "quantization.skip_modules, change the shape, or use quantization=nf4",
+            )
 
 
 def _names(module: str, wanted: tuple[str, ...]) -> bool:

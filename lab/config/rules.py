@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 from lab.config.accelerate import check_engine
 from lab.config.errors import ConfigError
-from lab.config.finetuning import check_finetuning
+from lab.config.finetuning import check_finetuning, upcast_beside_quantized
 from lab.config.hf_rules import check_hf
 from lab.config.limits import check_limits
 from lab.config.schema import RunConfig
@@ -112,22 +112,39 @@ def _attention(cfg: RunConfig) -> None:
     if cpu and backend in (AttentionBackend.MEM_EFFICIENT, AttentionBackend.CUDNN):
         raise ConfigError("attention", backend.value, "needs a GPU; on a CPU use auto, flash, math or eager")
     if not cpu and backend in (AttentionBackend.FLASH, AttentionBackend.CUDNN):
-        if not half:
-            raise ConfigError(
-                "attention", backend.value, "needs bf16 or fp16: set precision=bf16_mixed, or attention=mem_efficient"
-            )
-        limit = 256 if backend is AttentionBackend.FLASH else 128
-        if cfg.model.head_dim > limit or cfg.model.head_dim % 8:
-            raise ConfigError(
-                "attention",
-                backend.value,
-                f"needs model.head_dim up to {limit} and a multiple of 8, not {cfg.model.head_dim}",
-            )
+        _half_precision_attention(cfg)
+    if not cpu and backend is AttentionBackend.MEM_EFFICIENT:
+        multiple = 8 if half and not upcast_beside_quantized(cfg) else 4  # of 16 bytes
+        if cfg.model.head_dim % multiple:
+            expected = f"needs model.head_dim to be a multiple of {multiple}, not {cfg.model.head_dim}"
+            raise ConfigError("attention", backend.value, expected)
     if cpu and backend is AttentionBackend.FLASH and cfg.model.dropout:
         raise ConfigError(
             "attention",
             "flash",
             f"the CPU kernel has no dropout: model.dropout={cfg.model.dropout} needs attention=math or eager",
+        )
+
+
+def _half_precision_attention(cfg: RunConfig) -> None:
+    """What flash and cuDNN ask for on a GPU (sdp_utils.cpp). Flash is given heads padded to 8 elements."""
+    backend, head_dim = cfg.attention.backend, cfg.model.head_dim
+    if cfg.precision.kind is Precision.FP32:
+        raise ConfigError(
+            "attention", backend.value, "needs bf16 or fp16: set precision=bf16_mixed, or attention=mem_efficient"
+        )
+    if upcast_beside_quantized(cfg):
+        raise ConfigError(
+            "attention",
+            backend.value,
+            "needs bf16 or fp16, and beside a quantized base peft makes what is not quantized fp32: set "
+            "precision=bf16_mixed, adapter.prepare_kbit=false, or attention=mem_efficient",
+        )
+    if backend is AttentionBackend.FLASH and head_dim > 256:
+        raise ConfigError("attention", backend.value, f"needs model.head_dim up to 256, not {head_dim}")
+    if backend is AttentionBackend.CUDNN and (head_dim > 128 or head_dim % 8):
+        raise ConfigError(
+            "attention", backend.value, f"needs model.head_dim up to 128 and a multiple of 8, not {head_dim}"
         )
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from lab.analytic import predict
 from lab.analytic.make_optimizer import make_optimizer
+from lab.analytic.managed_memory import BATCH
 from lab.analytic.optimizers import Optimizer, Shape
-from lab.analytic.optimizers_8bit import MANAGED_BATCH
 from lab.analytic.reduce import column_partials, norm_workspace_bytes
 from lab.analytic.tape import ALLOC, FREE, Tape, Trace
 from lab.config import ConfigError, RunConfig, load
@@ -102,7 +102,7 @@ def test_paged_states_leave_the_allocator_from_1e5_elements_on() -> None:
     optimizer = made(load(["optimizer=paged_adamw_8bit"]), gpu=True)
     optimizer.step([(100_000, 4), (99_999, 4)])
     assert optimizer.managed_bytes == 2 * 100_000
-    assert optimizer.managed_device_bytes == MANAGED_BATCH  # the driver takes 128 MiB at a time
+    assert optimizer.managed_device_bytes == BATCH  # the driver takes 128 MiB at a time
     assert bytes_of(optimizer)[1] == 2048 + 2 * 4 * 391 + 2 * 99_999 + 2 * 4 * 391
     full = made(load(["optimizer=paged_adamw_32bit"]), gpu=True)
     full.step([(100_000, 2), (99_999, 2)])

@@ -73,7 +73,7 @@ class HFDecoder(Decoder):
         if mask is not None:
             return eager_attention(self.ops, q, k, v, mask, self.shape, dropout, gpt2)
         y = autocast_attention(self.ops, q, k, v, self.shape, self.backend, dropout)
-        return contiguous(self.ops, y, self.backend), None
+        return contiguous(self.ops, y, self.shape, self.backend), None
 
     def _hf_blocks(self, first: list[Tensor], *extra: Tensor | None) -> Tensor:
         """All blocks over the one tensor in ``first``, which is taken out: the loop's own variable holds it.

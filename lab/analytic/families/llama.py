@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lab.analytic.attention import WRITTEN_OUT
+from lab.analytic.attention import heads_first
 from lab.analytic.families.base import HFDecoder
 from lab.analytic.families.inventory import PREFIX, blocks_prefix, embedding_module
 from lab.analytic.families.pieces import apply_rotary, gelu_new, gemma_rmsnorm, reshaped, rmsnorm, times_constant
@@ -97,7 +97,7 @@ class Llama(HFDecoder):
         q = self._head_projection(x, f"{prefix}.q_proj", "query", a.n)
         k = self._head_projection(x, f"{prefix}.k_proj", "key", a.k)
         v = self._linear(x, f"{prefix}.v_proj", "value")
-        if (mask is not None or self.backend in WRITTEN_OUT) and a.k > 1:
+        if (mask is not None or heads_first(ops, a, self.backend)) and a.k > 1:
             v = reshaped(ops, v, "value")
         turned = apply_rotary(ops, q, cos, sin, "query"), apply_rotary(ops, k, cos, sin, "key")
         q, k = turned
