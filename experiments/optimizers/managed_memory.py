@@ -1,10 +1,10 @@
 """How much of the GPU the driver takes for CUDA managed memory.
 
-    python experiments/optimizers/managed_memory.py > experiments/optimizers/managed_memory.jsonl
+    python experiments/optimizers/managed_memory.py > experiments/optimizers/managed_memory.json
 
 Paged optimizer states are many managed allocations. For each list of sizes below a process of its own makes and fills
-some, in turn, until the driver has taken memory from the card six times, and notes after how many it did, by NVML. One
-line of JSON per list; needs an idle GPU and CUDA's runtime library on the loader's path (LD_LIBRARY_PATH).
+some, in turn, until the driver has taken memory from the card six times, and notes after how many it did, by NVML. Needs
+an idle GPU and CUDA's runtime library on the loader's path (LD_LIBRARY_PATH).
 """
 
 from __future__ import annotations
@@ -49,12 +49,14 @@ def main() -> int:
     if len(sys.argv) > 1:
         print(json.dumps(rises_of([int(size) for size in sys.argv[1:]])), flush=True)
         return 0
-    failed = 0
+    rows = []
     for sizes in LISTS:
-        done = subprocess.run([sys.executable, __file__, *map(str, sizes)], capture_output=True, text=True, check=False)
-        failed += done.returncode != 0
-        print(done.stdout.strip() or f"{sizes}: {done.stderr.strip()[-300:]}", flush=True)
-    return int(failed > 0)
+        done = subprocess.run(
+            [sys.executable, __file__, *map(str, sizes)], stdout=subprocess.PIPE, text=True, check=True
+        )
+        rows.append(done.stdout.strip())
+    print("[\n" + ",\n".join(rows) + "\n]")
+    return 0
 
 
 if __name__ == "__main__":
