@@ -3,7 +3,7 @@
     python experiments/optimizers/managed_memory.py > experiments/optimizers/managed_memory.json
 
 Paged optimizer states are many managed allocations. For each list of sizes below a process of its own makes and fills
-some, in turn, until the driver has taken memory from the card six times, and notes after how many it did, by NVML. Needs
+some, in turn, until the driver has taken memory from the card six times, and notes after how many, by NVML. Needs
 an idle GPU and CUDA's runtime library on the loader's path (LD_LIBRARY_PATH).
 """
 

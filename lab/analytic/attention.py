@@ -73,6 +73,10 @@ def autocast_attention(
     return attention(ops, q, k, v, a, backend, dropout)
 
 
-def contiguous(ops: Ops, y: Tensor, a: AttentionShape, backend: AttentionBackend) -> Tensor:
-    """y.transpose(1, 2).reshape(b, s, n * d): a copy where heads lie one after another."""
-    return contiguous_copy(ops, y, "attention output") if heads_first(ops, a, backend) else y
+def contiguous(ops: Ops, y: Tensor, a: AttentionShape, backend: AttentionBackend, padded_too: bool = True) -> Tensor:
+    """y.transpose(1, 2).reshape(b, s, n * d): a copy where heads lie one after another; a single one is a view.
+
+    ``padded_too``: of a single head that was padded, and cut again, a copy is made (.contiguous(), unlike reshape).
+    """
+    copied = heads_first(ops, a, backend) and (a.n > 1 or (padded_too and backend not in WRITTEN_OUT))
+    return contiguous_copy(ops, y, "attention output") if copied else y

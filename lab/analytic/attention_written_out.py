@@ -47,8 +47,13 @@ def contiguous_copy(ops: Ops, x: Tensor, label: str) -> Tensor:
 
 
 def _side_by_side(ops: Ops, x: Tensor, a: AttentionShape, label: str) -> Tensor:
-    """Heads that lie across tokens, [b, s, n, d] in memory, as bmm takes them: [b * n, s, d], a view if b is 1."""
-    return contiguous_copy(ops, x, label) if a.b > 1 else x
+    """Heads that lie across tokens, [b, s, n, d] in memory, as bmm takes them: [b * n, s, d], a view if b or n is 1."""
+    return contiguous_copy(ops, x, label) if lies_across(a) else x
+
+
+def lies_across(a: AttentionShape) -> bool:
+    """Is [b, n, s, d] in the memory of [b, s, n, d] no view of [b * n, s, d]?"""
+    return a.b > 1 and a.n > 1
 
 
 def softmax(ops: Ops, x: Tensor, label: str, wide: bool = False) -> Tensor:
@@ -112,7 +117,7 @@ def eager(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout:
         weights = ops.dropout(weights, "attention dropout")
     y, x = as_operand(ops, v, "value"), as_operand(ops, weights, "attention weights")
     cv = y if grouped else _side_by_side(ops, y, a, "value")
-    out = matmul(ops, x, cv, a.q_numel, "attention output", grad_copy=a.q_numel if a.b > 1 else 0)
+    out = matmul(ops, x, cv, a.q_numel, "attention output", grad_copy=a.q_numel if lies_across(a) else 0)
     del cv, x, y  # then the function's local variables, in their order
     del k, v
     del weights
@@ -134,7 +139,7 @@ def math(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout: 
     """SDPA's math kernel: everything in fp32, and [b, n, s, s] weights kept.
 
     Its C++ locals (fp32 q, k and v, repeated k and v, the scaled q, the mask) live until it returns. The mask is added
-    in place, unless a dispatch mode is active (areAnyTensorSubclassLike), as on the CPU.
+    in place, unless a dispatch mode is active (areAnyTensorSubclassLike).
     """
     size, square, tape = q.itemsize, a.s * a.s, ops.tape
     gpu = tape.trace.on_device_kernels
@@ -157,7 +162,7 @@ def math(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout: 
     ck = scaled_k if grouped else _side_by_side(ops, scaled_k, a, "key")
     scores = matmul(ops, cq, ck, a.weights_numel, "attention scores")
     del cq, ck, scaled_k
-    if not gpu:
+    if ops.dispatch_mode:
         masked = ops.new(a.weights_numel, FP32, "masked scores")
         masked.node = tape.node([scores], lambda g: [g[0]])
         scores = masked
@@ -173,7 +178,7 @@ def math(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout: 
         soft = ops.dropout(soft, "attention dropout")
     returned = ops.new(soft.numel, size, "attention weights, returned") if size != FP32 else None
     cv = v32 if grouped else _side_by_side(ops, v32, a, "value")
-    out = matmul(ops, soft, cv, a.q_numel, "attention output", grad_copy=a.q_numel if a.b > 1 else 0)
+    out = matmul(ops, soft, cv, a.q_numel, "attention output", grad_copy=a.q_numel if lies_across(a) else 0)
     del cv
     out = ops.cast(out, size, "attention output")
     held.clear()

@@ -44,7 +44,7 @@ class Ops(BaseOps):
             g = tape.new(table, itemsize, f"gradient of {p.name}")
             if gpu:
                 held += [self.new(n, INT64, "segments") for n in (rows, segments, segments, partial)]
-            self.scratch(FP32 * partial * -(-width // 32) * 32, "partial segments")
+            self.scratch(FP32 * partial * width, "partial segments")
             del held
             return [g]
 

@@ -154,6 +154,12 @@ class BaseOps:
         return out
 
     @property
+    def dispatch_mode(self) -> bool:
+        """Is a Python dispatch mode active: a selective policy's, or the CPU stand-in's? Some operations look."""
+        selective = self.region is not None and self.region.kept is not None
+        return selective or not self.tape.trace.on_device_kernels
+
+    @property
     def taken_back(self) -> bool:
         """Does no product run, because a selective policy kept its output?"""
         return self.region is not None and self.region.kept is not None and self.region.replaying

@@ -144,8 +144,6 @@ def linear_4bit(
         narrow = ops.new(b.numel, compute_size, b.name, MemoryCategory.PARAMETERS)
         b.tensor = narrow
         del narrow
-    if b is not None:
-        ops.matmul_workspace("forward", lt=False)
     numel_x, blocks = rows * in_features, -(-info.numel // info.block_size)
 
     def backward(grads: Grads) -> Grads:

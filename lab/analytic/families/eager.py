@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lab.analytic.attention_shape import AttentionShape
-from lab.analytic.attention_written_out import contiguous_copy, matmul, repeat_kv, softmax, softmax_in_fp32
+from lab.analytic.attention_written_out import contiguous_copy, lies_across, matmul, repeat_kv, softmax, softmax_in_fp32
 from lab.analytic.ops import Ops
 from lab.analytic.tape import BOOL, INT64, Tensor
 
@@ -49,7 +49,7 @@ def eager_attention(
     if dropout:
         weights = ops.dropout(weights, "attention dropout")
     out = _heads_product(ops, weights, v, a.q_numel, "attention output", a, whole_x=True)
-    return contiguous_copy(ops, out, "attention output"), weights
+    return (contiguous_copy(ops, out, "attention output") if a.n > 1 else out), weights
 
 
 def _expanded(ops: Ops, x: Tensor, a: AttentionShape, label: str) -> Tensor:
@@ -61,7 +61,7 @@ def _expanded(ops: Ops, x: Tensor, a: AttentionShape, label: str) -> Tensor:
 def _heads_product(
     ops: Ops, x: Tensor, y: Tensor, numel: int, label: str, a: AttentionShape, whole_x: bool = False
 ) -> Tensor:
-    """torch.matmul over [b, n, ...]: heads that lie across tokens are copied, unless there is one sequence.
+    """torch.matmul over [b, n, ...]: heads that lie across tokens are copied, unless there is one sequence or one head.
 
     Repeated heads lie side by side; a single expanded head is copied unless a cast has just done it.
     """
@@ -72,10 +72,10 @@ def _heads_product(
     expanded = a.k == 1 < a.n and y.storage is given
     arguments = [x, y]  # of the C++ call: the autocast copies live until it returns
     del given
-    if not whole_x and a.b > 1:
+    if not whole_x and lies_across(a):
         x = contiguous_copy(ops, x, label + " operand")
-    if (expanded or a.n == a.k) and a.b > 1:
+    if (expanded or a.n == a.k) and lies_across(a):
         y = contiguous_copy(ops, y, label + " operand")
-    out = matmul(ops, x, y, numel, label, grad_copy=numel if whole_x and a.b > 1 else 0)
+    out = matmul(ops, x, y, numel, label, grad_copy=numel if whole_x and lies_across(a) else 0)
     arguments.clear()
     return out

@@ -123,28 +123,43 @@ def _normalised(ops: Ops, wide: Tensor, rstd: Tensor, rows: int, label: str) -> 
     return normal
 
 
-def _scaled(ops: Ops, x: Tensor, weight: Tensor, rows: int, label: str, keep: Parameter | None) -> Tensor:
-    """weight * x; the weight's gradient is a whole product before its columns are summed."""
+def _scaled(
+    ops: Ops, x: Tensor, weight: Tensor, rows: int, label: str, keep: Parameter | None, weight_first: bool = True
+) -> Tensor:
+    """weight * x; the weight's gradient is a whole product before its columns are summed.
+
+    ``weight_first``: the weight is the product's first argument (``self``), else x is. MulBackward0 computes and keeps
+    in the order of the names, other before self; what the engine then sums goes by the arguments' order.
+    """
     tape, numel, size, hidden = ops.tape, x.numel, max(x.itemsize, weight.itemsize), weight.numel
     back, needs_x, needs_w = x.itemsize, x.node is not None, weight.node is not None
     back_w = weight.itemsize
 
-    def backward(grads: Grads) -> Grads:
-        gx = tape.new(numel, size, label + " gradient") if needs_x else None
-        return [gx, tape.new(numel, size, label + " weight gradient product") if needs_w else None]
+    def of_x() -> Tensor | None:
+        return tape.new(numel, size, label + " gradient") if needs_x else None
 
-    def validate(outputs: Grads) -> None:  # the weight is the first argument, its gradient is finished first
+    def of_weight() -> Tensor | None:
+        return tape.new(numel, size, label + " weight gradient product") if needs_w else None
+
+    def backward(grads: Grads) -> Grads:
+        if weight_first:
+            gx, gw = of_x(), of_weight()
+        else:
+            gw, gx = of_weight(), of_x()
+        return [gx, gw]
+
+    def validate(outputs: Grads) -> None:
         if needs_w:
             gw = tape.new(hidden, size, f"gradient of {label} weight")
             ops.column_sum(rows, hidden)
             outputs[1] = gw
             if back_w != size:
                 outputs[1] = tape.new(hidden, back_w, f"gradient of {label} weight")
-        if needs_x and back != size:
+        if needs_x and back != size:  # only a weight that is first has a narrower x
             outputs[0] = tape.new(numel, back, label + " gradient")
 
     kept = [x if needs_w else None, weight if needs_x and keep is None else None]
-    node = tape.node([x, weight], backward, kept, validate=validate)
+    node = tape.node([x, weight], backward, kept if weight_first else kept[::-1], validate=validate)
     del kept
     if keep is not None and needs_x:
         if ops.linear_keeps_parameter:
@@ -181,7 +196,7 @@ def gemma_rmsnorm(ops: Ops, x: Tensor, w: Parameter, rows: int, label: str) -> T
     shifted = ops.new(w.numel, FP32, f"{label} weight plus one")
     shifted.node = ops.tape.node([weight], _pass)
     del weight
-    out = _scaled(ops, normal, shifted, rows, label, None)
+    out = _scaled(ops, normal, shifted, rows, label, None, weight_first=False)
     del normal, shifted
     return ops.cast(out, x.itemsize, label)
 

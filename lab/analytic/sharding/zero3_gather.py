@@ -7,7 +7,8 @@ N = world_size, e = bytes per parameter element, shard = ceil(numel / N).
 - Several: one flat buffer of the sum of those (``all_gather_coalesced``), then, when the first of them is waited
   for, a copy of e * numel per parameter (``AllGatherCoalescedHandle.wait``). The flat buffer lives until the last of
   them has been waited for: each parameter in flight holds the handle.
-- One rank: nothing is gathered, the shard is the parameter (``NoGatherCoalescedHandle``).
+- One rank: nothing is gathered, the shard is the parameter (``NoGatherCoalescedHandle``). Only a blocking all-gather of
+  one parameter takes its buffer whatever the number of ranks (``_allgather_params_sequential``).
 """
 
 from __future__ import annotations
@@ -93,8 +94,6 @@ class Gatherer:
 
     def visit(self, params: Iterable[Sharded]) -> None:
         """Each gathered by itself and given up at once; blocks that are alike do the same."""
-        if self.world == 1:
-            return
         trace, kinds = self.tape.trace, dict[Hashable, Repeated]()
         for group in by_block(params):
             block = group[0].block
@@ -110,11 +109,11 @@ class Gatherer:
 
     def all_gather(self, params: list[Sharded]) -> None:
         """Blocking (Init._all_gather), on the current stream: one padded buffer per parameter, which it becomes."""
-        for p in params:
-            if p.status is NOT_AVAILABLE:
-                if self.world > 1:
-                    self._make_whole(p, padded=True)
-                p.status = AVAILABLE
+        absent = [p for p in params if p.status is NOT_AVAILABLE]
+        for p in absent:
+            if self.world > 1 or len(absent) == 1:
+                self._make_whole(p, padded=True)
+            p.status = AVAILABLE
 
     def start(self, params: list[Sharded]) -> None:
         """Start one all-gather of parameters that are not there."""
