@@ -13,20 +13,24 @@ WRITTEN_OUT = (AttentionBackend.EAGER, AttentionBackend.MATH)
 
 
 def in_heads(
-    ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, backend: AttentionBackend
+    ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, backend: AttentionBackend, query_last: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x.view(b, s, n, d).transpose(1, 2) of each. Backward: a copy, where the gradient's heads lie one after another.
 
     Eager and math leave gradients [b, n, s, d] in memory, but that of the key [b, n, d, s], which needs no copy to be
     seen as [b, s, n * d], unless repeated heads were summed. Fused kernels write [b, s, n, d], but for padded heads.
+
+    ``query_last``: the model views the query after key and value (GPT-2); backward comes to it first then.
     """
     if not heads_first(ops, a, backend):
         return q, k, v
-    if a.n > 1:  # a single head lies as its Linear's output does
+    if a.n > 1 and not query_last:  # a single head lies as its Linear's output does
         q = _gradient_copied(ops, q, "query")
     if a.k > 1:
         k = _gradient_copied(ops, k, "key") if a.n != a.k or backend not in WRITTEN_OUT else k
         v = _gradient_copied(ops, v, "value")
+    if a.n > 1 and query_last:
+        q = _gradient_copied(ops, q, "query")
     return q, k, v
 
 

@@ -113,7 +113,9 @@ class Decoder:
             k = self.ops.rope(k, "key")
         y = autocast_attention(self.ops, q, k, v, self.shape, self.backend, self.cfg.model.dropout)
         return self._linear(
-            contiguous(self.ops, y, self.shape, self.backend, padded_too=False), f"{prefix}.o_proj", "attention projection"
+            contiguous(self.ops, y, self.shape, self.backend, padded_too=False),
+            f"{prefix}.o_proj",
+            "attention projection",
         )
 
     def _project(self, x: Tensor, prefix: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -46,11 +46,11 @@ def rmsnorm_composite(ops: Ops, x: Tensor, w: Parameter, rows: int, label: str) 
     normal.node = node
     del rstd, node
 
-    def scale_backward(grads: Grads) -> Grads:
+    def scale_backward(grads: Grads) -> Grads:  # in the order of the arguments' names: other, the weight, before self
+        product = tape.new(numel, FP32, label + " weight gradient product") if w.trainable else None
         gx = tape.new(numel, FP32, label + " gradient") if needs_x else None
-        if not w.trainable:
+        if product is None:
             return [gx, None]
-        product = tape.new(numel, FP32, label + " weight gradient product")
         summed = tape.new(hidden, FP32, f"gradient of {label} weight")
         del product
         gw = summed if w.tensor.itemsize == FP32 else tape.new(hidden, w.tensor.itemsize, f"gradient of {label} weight")

@@ -69,7 +69,7 @@ def test_order_of_a_real_run(name: str) -> None:
 
 def test_the_real_runs_are_there() -> None:
     assert {"checkpointing", "ddp", "math", "eager", "qlora", "qlora_ddp", "trainer_qlora_checkpointing"} <= set(RUNS)
-    assert len(RUNS) == 15
+    assert len(RUNS) == 22
 
 
 def test_flash_splits_keys_where_rows_leave_multiprocessors_idle() -> None:

@@ -1,5 +1,7 @@
 """What a run allocates and frees on a CPU, storage by storage, is what the replay says, in its order.
 
+Which storage is freed counts, not its size alone: of two equal ones the wrong one may be the one that lives.
+
 A peak hides much: a tensor that dies an operation early changes no peak, and yet which block the next gets on a GPU.
 Frees between two allocations are sorted, as their order changes nothing.
 """
@@ -8,7 +10,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,32 +29,53 @@ from lab.progress import Progress
 from tests.unit.hf_cases import hf_overrides, write_config
 
 SMALLEST = 2048  # bytes: scalars and rows of statistics come and go within kernels
-Order = list[int]  # + bytes allocated, - bytes freed
+BEFORE = 1 << 40  # freed: what was there when the first step began, told by its size
+Events = list[tuple[int, int]]  # (bytes allocated or minus bytes freed, which storage)
 
 
 class Recorder(StorageTracker):
     """The lab's tracker, and a list of what it sees."""
 
-    order: ClassVar[Order] = []
+    events: ClassVar[Events] = []
+    number: ClassVar[dict[int, int]] = {}  # by StorageImpl address
+    count: ClassVar[int] = 0
 
     def _see(self, storage: Any) -> None:
-        before = self._live.get(storage._cdata, (0,))[0]
+        key = storage._cdata
+        before = self._live.get(key, (0,))[0]
         super()._see(storage)
-        after = self._live.get(storage._cdata, (0,))[0]
-        if before != after:
-            Recorder.order += [-before] * (before > 0) + [after] * (after > 0)
+        after = self._live.get(key, (0,))[0]
+        if before == after:
+            return
+        if before:
+            Recorder.events.append((-before, Recorder.number[key]))
+        if after:
+            Recorder.count += 1
+            Recorder.number[key] = Recorder.count
+            Recorder.events.append((after, Recorder.count))
 
     def _gone(self, key: int, reference: Any) -> None:
-        Recorder.order.append(-self._live[key][0])
+        Recorder.events.append((-self._live[key][0], Recorder.number[key]))
         super()._gone(key, reference)
 
 
-def sorted_frees(order: Sequence[int]) -> Order:
-    runs = groupby((n for n in order if abs(n) >= SMALLEST), key=lambda n: n > 0)
-    return [n for taken, run in runs for n in (run if taken else sorted(run))]
+def order(events: Events) -> list[int]:
+    """Bytes of each allocation; -1 - n where the n-th is freed, with frees in between sorted."""
+    out: list[int] = []
+    freed: list[int] = []
+    ordinal: dict[int, int] = {}
+    for nbytes, which in events:
+        if nbytes >= SMALLEST:
+            out += sorted(freed)
+            freed = []
+            ordinal[which] = len(ordinal)
+            out.append(nbytes)
+        elif nbytes <= -SMALLEST:
+            freed.append(-1 - ordinal[which] if which in ordinal else nbytes - BEFORE)
+    return out + sorted(freed)
 
 
-def measured(overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Order:
+def measured(overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(backend, "StorageTracker", Recorder)
     cfg, device = load(overrides), torch.device("cpu")
     meter = make_meter(cfg, device, 0, 0)
@@ -63,18 +85,18 @@ def measured(overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Order
     meter.set_live_tensors(lambda: live_tensors(engine, batches, losses), engine.unseen_allocations)
     meter.build_done()
     gc.collect()  # what earlier tests left
-    Recorder.order = []
+    Recorder.events = []
     train(cfg, engine, batches, meter, losses, Progress(cfg, engine.num_parameters, losses, enabled=False))
-    order = list(Recorder.order)
+    events = list(Recorder.events)
     meter.stop()
-    return order
+    return order(events)
 
 
-def predicted(overrides: Sequence[str]) -> Order:
+def predicted(overrides: Sequence[str]) -> list[int]:
     replay = replay_steps(load(overrides), 0)
     events = spelled_out(replay.trace.events, replay.trace.segments)
     first = next(i for i, e in enumerate(events) if e[0] == MARK)
-    return [e[2] if e[0] == ALLOC else -e[2] for e in events[first:] if e[0] in (ALLOC, FREE)]
+    return order([(e[2] if e[0] == ALLOC else -e[2], e[1]) for e in events[first:] if e[0] in (ALLOC, FREE)])
 
 
 COMMON = ["hardware=cpu", "tracker=none", "measure=counters", "train.steps=3"]
@@ -103,14 +125,14 @@ FAMILIES = [
 @pytest.mark.parametrize("overrides", OWN, ids=" ".join)
 def test_order_of_the_labs_model(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     given = [*COMMON, "model=tiny", "model.num_layers=2", "train.seq_len=64", "train.micro_batch_size=2", *overrides]
-    order = sorted_frees(measured(given, monkeypatch))
-    assert len(order) > 700
-    assert order == sorted_frees(predicted(given))
+    seen = measured(given, monkeypatch)
+    assert len(seen) > 700
+    assert seen == predicted(given)
 
 
 @pytest.mark.parametrize(("family", "overrides"), FAMILIES, ids=lambda v: v if isinstance(v, str) else " ".join(v))
 def test_order_of_a_family(family: str, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = [*COMMON, *hf_overrides(write_config(tmp_path, family), *overrides)]
-    order = sorted_frees(measured(given, monkeypatch))
-    assert len(order) > 300
-    assert order == sorted_frees(predicted(given))
+    seen = measured(given, monkeypatch)
+    assert len(seen) > 300
+    assert seen == predicted(given)

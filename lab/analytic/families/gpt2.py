@@ -72,7 +72,8 @@ class GPT2(HFDecoder):
         ops, a = self.ops, self.shape
         qkv = self._conv1d(x, f"{prefix}.c_attn", "query, key and value")
         q, k, v = ops.split(qkv, [a.q_numel, a.kv_numel, a.kv_numel], "query, key and value gradient")
-        q, k, v = in_heads(ops, q, k, v, a, AttentionBackend.EAGER if mask is not None else self.backend)
+        backend = AttentionBackend.EAGER if mask is not None else self.backend
+        q, k, v = in_heads(ops, q, k, v, a, backend, query_last=True)
         del qkv
         y, weights = self._attend(q, k, v, mask, gpt2=True)
         y = self._conv1d(y, f"{prefix}.c_proj", "attention projection")

@@ -244,7 +244,8 @@ def product(ops: Ops, x: Tensor, y: Tensor, label: str) -> Tensor:
     backs, needs = (x.itemsize, y.itemsize), [t.node is not None for t in (x, y)]
 
     def backward(grads: Grads) -> Grads:
-        return [tape.new(numel, size, label + " gradient") if need else None for need in needs]
+        gy, gx = (tape.new(numel, size, label + " gradient") if need else None for need in reversed(needs))
+        return [gx, gy]
 
     def validate(outputs: Grads) -> None:
         for i, back in enumerate(backs):

@@ -18,12 +18,13 @@ from lab.analytic.ops import Parameter, Quantized
 from lab.analytic.quantization import packed_shape
 from lab.analytic.segments import Pairs, Together
 from lab.analytic.sharding.base import Rule
-from lab.analytic.tape import FP32, Event, Grads, Node, Storage, Tape, Tensor, Trace
+from lab.analytic.tape import FP32, INT64, Event, Grads, Node, Storage, Tape, Tensor, Trace
 from lab.config import RunConfig
 from lab.vocab import MemoryCategory, Precision, Strategy
 
 GATHERED = MemoryCategory.GATHERED_PARAMETERS
 COMM = MemoryCategory.COMM_BUFFERS
+CHUNK_CAT_BLOCK = 128 * 16  # bytes that one block of threads copies; cuda/TensorShape.cu, BYTES_PER_BLOCK
 COPY_IN_STREAM, REDUCE_STREAM, ALL_REDUCE_STREAM = 1, 2, 3  # FSDPCommContext's: the allocator keeps a pool for each
 
 
@@ -177,11 +178,12 @@ class FSDP(Rule):
             return
         before = self.previous if forward and unit.all_gather is not None else None  # a local variable: to the end
         if self.one_by_one:
+            held: Tensor | None = None  # wait_for_unshard's variable all_gather_input
             for (spec, parameter), storage in zip(unit.members, unit.storages, strict=True):
                 cast = not spec.quantized
                 held = self.tape.new(parameter.numel, self.compute_itemsize, "FSDP cast", COMM) if cast else None
                 storage.resize(True)
-                del held
+            del held
         else:
             self._resize(unit, True)
         unit.gathered = True
@@ -259,6 +261,7 @@ class FSDP(Rule):
             size = self.compute_itemsize
         numel = unit.trained_numel * self.size
         self.reduce_input = self.tape.new(numel, size, "FSDP reduce-scatter input", COMM)
+        self._chunk_cat(unit, size)
         last = [g for g in grads if g is not None][-1:] if self.size > 1 else []
         grads.clear()
         self.tape.trace.stream = REDUCE_STREAM
@@ -278,6 +281,27 @@ class FSDP(Rule):
         if unit.sharded_grad is None:
             unit.sharded_grad = output
         del output, last
+
+    def _chunk_cat(self, unit: Unit, size: int) -> None:
+        """torch._chunk_cat fills the input; ``size``: bytes per element of that.
+
+        One kernel, from bf16 to fp32 or without a cast: it reads which block of threads copies which tensor, int64 per
+        2 KiB of a rank's padded chunk and six per tensor (cuda/TensorShape.cu, get_chunk_cat_metadata). Else
+        (TensorShape.cpp, _pad_chunk) gradients whose rows no rank count divides are padded first, all of them.
+        """
+        if not self.tape.trace.on_device_kernels:
+            return
+        trained = [
+            (s, shard_rows(s.shape[0], self.size, 0), s.numel // s.shape[0]) for s, _ in unit.members if s.trainable
+        ]
+        given = self.compute_itemsize if self.mixed else unit.stored_size
+        if given != size and self.cfg.precision.kind is Precision.FP16_MIXED:
+            uneven = [rows * self.size * columns for s, rows, columns in trained if s.shape[0] % self.size]
+            padded = [self.tape.new(numel, given, "padded gradient") for numel in uneven]
+            del padded
+            return
+        blocks = sum(-(-rows * columns * size // CHUNK_CAT_BLOCK) for _, rows, columns in trained)
+        self.tape.new(blocks + 6 * len(trained) + 2, INT64, "blocks of chunk_cat")
 
     def end_backward(self) -> None:
         """_root_post_backward_final_callback: the root's gradients come last, then units whose input needed none."""
