@@ -223,8 +223,8 @@ def _int8_on_gpu(ops: Ops, x: Tensor, w: Parameter, rows: int, label: str) -> Te
     del half
     product = ops.new(rows * out_features, FP32, label + ", int32")
     if w.shape[1] % 4:  # cuBLASLt refuses: torch.matmul(B.float(), A.float().t()).to(torch.int32), copied to the output
-        wide = [ops.new(x.numel, FP32, label + " input, fp32"), ops.new(w.numel, FP32, f"{w.name}, fp32")]
-        result = ops.new(rows * out_features, FP32, label + ", fp32")
+        wide = [ops.new(n, FP32, label + " int8 operand, fp32") for n in (x.numel, w.numel)]
+        result = ops.new(rows * out_features, FP32, label + " int8 product, fp32")
         ops.matmul_workspace("forward", lt=False)
         while wide:
             wide.pop(0)

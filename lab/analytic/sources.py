@@ -53,6 +53,7 @@ _BLOCKS, _NESTED = "cdiv(w, Q)", "cdiv(cdiv(w, Q), 256)"
 _BNB, _PEFT = "bitsandbytes functional.py, autograd/_functions.py", "peft tuners/lora/layer.py, bnb.py"
 _DORA, _SQUARES = "peft tuners/lora/dora.py, variants.py", "w1 * w1 | w1 * r | w0 * w0 | w0 * r"  # Conv1D: [in, out]
 _Q, _KV, _SQUARE, _X, _INNER = "b * s * n * d", "b * s * k * d", "b * n * s * s", "b * s * h", "b * s * f"
+_Q8, _KV8 = "b * s * n * up(d, 8)", "b * s * k * up(d, 8)"  # flash of heads that are no whole 8 elements
 _IN_OR_OUT = f"{_X} | {_Q} | {_KV} | {_INNER} | b * s * (n + 2 * k) * d | b * s"
 
 SOURCES: tuple[Source, ...] = (
@@ -94,6 +95,7 @@ SOURCES: tuple[Source, ...] = (
         ".* (?:adapter[ ,].*|adapted(?:[ ,].*)?|clone)", NAMED, "input, output, sum or a gradient", _IN_OR_OUT, _PEFT
     ),
     _rule(".* (?:input, (?:compute|fp16|int8).*|input row maxima|input's type)", NAMED, "input", _IN_OR_OUT, _BNB),
+    _rule(".* int8 (?:operand|product), fp32", NAMED, "where cuBLASLt refuses the shape", "", _BNB, 4),
     _rule(".*, (?:input's type|int32|fp16)", NAMED, "output", _IN_OR_OUT, _BNB),
     _rule("flat parameters", ALL, "bit16_groups_flat", "up(psi, 2 * N)", _STAGE12),
     _rule("clone of the partition|master weights", ALL, "single_partition_of_fp32_groups", _P, _STAGE12),
@@ -145,6 +147,8 @@ SOURCES: tuple[Source, ...] = (
     _rule("FSDP all-gather input", NAMED, "cast of one unit's local shards", "U", _FSDP),
     _rule("FSDP all-gather output", NAMED, "one unit's shards of all ranks", "U * G", _FSDP),
     _rule("FSDP reduce-scatter input", NAMED, "one unit's whole gradients, flat", "U * G", _FSDP),
+    _rule("blocks of chunk_cat", NAMED, "which threads copy which gradient", "", "torch cuda/TensorShape.cu", 8),
+    _rule("padded gradient", NAMED, "rows that the ranks can share", "", "torch native/TensorShape.cpp"),
     _rule("device mesh", ALL, "ranks of the DeviceMesh, on the CPU", "N", "torch distributed/device_mesh.py", 4),
     _rule(f"whole {_PARAM}", NAMED, "parameter before it is cut", "w", "accelerate utils/fsdp_utils.py"),
     _rule("FSDP cast", NAMED, "cast of one parameter, one rank", "", _FSDP),
@@ -188,7 +192,7 @@ SOURCES: tuple[Source, ...] = (
         _EMBEDDING,
         8,
     ),
-    _rule("partial segments", EMBEDDING, "fp32 partial sums", "r_e * up(h, 32) | r_p * up(h, 32)", _EMBEDDING, 4),
+    _rule("partial segments", EMBEDDING, "fp32 partial sums", "r_e * h | r_p * h", _EMBEDDING, 4),
     _rule("loss per token.*", HEAD, "column of the log-softmax", "c", "lab/model/loss.py"),
     _rule("loss one-hot column", HEAD, "minus one per token", "c", "lab/model/loss.py", 4),
     _rule("loss scale factor", HEAD, "scalar", "1", "lab/model/loss.py", 4),
@@ -207,7 +211,10 @@ SOURCES: tuple[Source, ...] = (
     _rule("(?:query|key|value|query, key and value) input.*", ATTENTION, "input: gradient or autocast copy", _X),
     _rule("query, key and value.*", ATTENTION, "fused projection or its gradient", "b * s * (n + 2 * k) * d"),
     _rule(
-        "(?:scaled )?(?:query|key|value)(?:[ ,].*)?", ATTENTION, "projection, rope step or gradient", f"{_Q} | {_KV}"
+        "(?:scaled )?(?:query|key|value)(?:[ ,].*)?",
+        ATTENTION,
+        "projection, rope step or gradient",
+        f"{_Q} | {_KV} | {_Q8} | {_KV8}",
     ),
     _rule("attention projection input.*", ATTENTION, "input: gradient or autocast copy", _Q),
     _rule("attention projection", ATTENTION, "output projection", _X),
@@ -235,7 +242,9 @@ SOURCES: tuple[Source, ...] = (
         "torch flash_api.cpp, mha_bwd",
         4,
     ),
-    _rule("expanded key/value gradient", ATTENTION, "dk, dv per query head", _Q, "torch flash_api.cpp"),
+    _rule("expanded key/value gradient", ATTENTION, "dk, dv per query head", f"{_Q} | {_Q8}", "torch flash_api.cpp"),
+    _rule("attention output gradient, padded", ATTENTION, "zeros around it", _Q8, "torch attention.cpp"),
+    _rule("attention output(?: gradient)?, contiguous", ATTENTION, "as rows", f"{_Q} | {_Q8}", "torch attention.cu"),
     _rule("cuDNN workspace", ATTENTION, "cuDNN's smallest workspace", "256", "torch cudnn/MHA.cpp", 1),
     _rule(
         "cuDNN attention workspace",
@@ -253,7 +262,7 @@ SOURCES: tuple[Source, ...] = (
         "torch mem_eff_attention/kernel_backward.h",
         1,
     ),
-    _rule("attention output(?: contiguous| gradient, contiguous)?", ATTENTION, "output or a copy of its gradient", _Q),
+    _rule("attention output(?: contiguous)?", ATTENTION, "output", f"{_Q} | {_Q8}"),
     _rule("(?:attention|scaled|masked|scores|softmax).*", ATTENTION, "scores, weights, output", f"{_SQUARE} | {_Q}"),
     # -- MLP, residual ---------------------------------------------------------------------------------
     _rule("mlp (?:gate|up) input.*", MLP, "input: gradient or autocast copy", _X),
