@@ -40,6 +40,7 @@ class DoraLayer:
     label: str
     dropout: float
     transposed: bool  # Conv1D: the weight is [in, out]
+    as_rows: Callable[[Tensor], Tensor]  # what stands between a product's rows and what the layer returns
 
     @property
     def out_features(self) -> int:
@@ -75,7 +76,7 @@ def _update(ops: Ops, layer: DoraLayer, x: Tensor, product: Tensor | None) -> Te
     low = layer.up(layer.down(x, rows, f"{layer.label} adapter A"), rows, f"{layer.label} adapter B")
     if product is None:
         plain = _operand(ops, layer, weight)
-        product = ops.linear(x, plain, None, rows, f"DoRA product of {name}")
+        product = layer.as_rows(ops.linear(x, plain, None, rows, f"DoRA product of {name}"))
         del plain
     elif layer.bias is not None:
         product = ops.add(product, layer.bias.leaf(), f"DoRA product of {name}, without bias", broadcast=True)

@@ -76,9 +76,8 @@ class Linears:
         magnitude, bias = self.p.get(f"{name}{MAGNITUDE}.weight"), self.p.get(f"{name}.bias")
         if magnitude is not None:
             columns = self.p[f"{name}.lora_A.weight"].shape[1]
-            layer = DoraLayer(
-                weight, bias, magnitude, down, up, columns, rows, itemsize, label, dropout, plain is not None
-            )
+            sizes = columns, rows, itemsize
+            layer = DoraLayer(weight, bias, magnitude, down, up, *sizes, label, dropout, plain is not None, as_rows)
             return dora(self.ops, layer, base, x)
         kind = weight.quantized.kind if weight.quantized else ""
         down = partial(down, count=rows, out_label=f"{label} adapter A")

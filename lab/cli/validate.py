@@ -49,6 +49,8 @@ def run(argv: Sequence[str]) -> int:
     form.add_argument("--markdown", action="store_true", help="a Markdown table, one row per level")
     parser.add_argument("--by-strategy", action="store_true", help="Markdown: rows per strategy too")
     parser.add_argument("--by-precision", action="store_true", help="Markdown: rows per precision too")
+    parser.add_argument("--by-study", action="store_true", help="Markdown: rows per study (the runs' name) too")
+    parser.add_argument("--level", metavar="L", help=f"Markdown: these alone, with commas: {', '.join(LEVELS)}")
     parser.add_argument("--by-category", action="store_true", help="Markdown: a table of categories instead")
     parser.add_argument("--recorded", action="store_true", help="errors of the predictions written before the runs")
     parser.add_argument(
@@ -89,7 +91,8 @@ def run(argv: Sequence[str]) -> int:
         ]
         print(json.dumps(tree, indent=1))
     elif arguments.markdown:
-        by = [name for name in ("strategy", "precision") if getattr(arguments, f"by_{name}")]
+        errors = _of_levels(errors, arguments.level)
+        by = [name for name in ("strategy", "precision", "study") if getattr(arguments, f"by_{name}")]
         print(categories_table(categories, True) if arguments.by_category else as_markdown(points, errors, whose, by))
     else:
         print(as_text(points, errors, beyond, whose))
@@ -132,6 +135,15 @@ def check(records: Iterable[tuple[str, RunRecord]], recorded: bool = False) -> I
         yield Checked(_point_errors(source, cfg, told), category_errors(source, _label(cfg), told, unattributed))
 
 
+def _of_levels(errors: list[PointError], wanted: str | None) -> list[PointError]:
+    """Those of some levels, ``wanted`` with commas; None: all. Raises ConfigError."""
+    names = LEVELS if wanted is None else tuple(wanted.split(","))
+    for name in names:
+        if name not in LEVELS:
+            raise ConfigError("--level", name, f"some of {', '.join(LEVELS)}, with commas")
+    return [e for e in errors if e.level in names]
+
+
 def _homeless(categories: Sequence[CategoryError], limit: float | None) -> list[CategoryError]:
     """Runs with more than ``limit`` percent of the peak in no category."""
     return [c for c in categories if c.category == UNATTRIBUTED and limit is not None and abs(c.percent) > limit]
@@ -163,6 +175,7 @@ def _point_errors(source: str, cfg: RunConfig, found: list[Residual]) -> list[Po
             predicted,
             measured,
             cfg.precision.kind.value,
+            cfg.name,
             largest.where if largest else "",
             difference(largest) if largest else 0,
         )

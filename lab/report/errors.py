@@ -24,6 +24,7 @@ class PointError:
     predicted_bytes: int
     measured_bytes: int
     precision: str = ""
+    study: str = ""
     largest: str = ""  # the residual of this run that is off by most bytes, and by how many
     largest_bytes: int = 0
 
@@ -92,7 +93,7 @@ def _worst_table(errors: Sequence[PointError]) -> str:
 
 
 def as_markdown(points: int, errors: Sequence[PointError], whose: str, by: Sequence[str] = ()) -> str:
-    """One row per level, and per strategy or precision (``by``), with how many runs are exact, within 0.1, 1, 5 %."""
+    """One row per level, and per strategy, precision or study (``by``), with how many runs are exact, within 0.1, 1, 5 %."""
     headers = ["level", *(["/".join(by)] if by else [])]
     headers += ["runs", "median %", "p90 %", "worst %", "= 0", "≤ 0.1 %", "≤ 1 %", "≤ 5 %"]
     rows = []
@@ -122,7 +123,7 @@ def _by_level(errors: Sequence[PointError]) -> dict[str, list[PointError]]:
 
 
 def _by(what: str, errors: Sequence[PointError]) -> dict[str, list[PointError]]:
-    """Errors by strategy or precision, in the order in which these come up."""
+    """Errors by strategy, precision or study, in the order in which these come up."""
     return {s: [e for e in errors if getattr(e, what) == s] for s in dict.fromkeys(getattr(e, what) for e in errors)}
 
 

@@ -106,6 +106,8 @@ OWN = [
     ["attention=math", "precision=fp32", "model.dropout=0.1", "checkpointing=selective"],
     ["loss=chunked", "model.fused_qkv=true", "train.max_grad_norm=1.0", "optimizer=adafactor"],
     ["adapter=lora", "quantization=nf4", "attention=eager"],
+    ["adapter=dora", "attention=eager", "model.position=learned"],
+    ["attention=eager", "model.num_heads=1", "model.num_kv_heads=1", "model.head_dim=36", "precision=bf16_pure"],
     ["model.bias=true", "precision=fp32", "train.gradient_accumulation_steps=2"],
     ["engine=accelerate", "train.gradient_accumulation_steps=2", "loss=in_place", "model.tied_head=true"],
 ]
