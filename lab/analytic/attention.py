@@ -25,12 +25,12 @@ def in_heads(
     if not heads_first(ops, a, backend):
         return q, k, v
     if a.n > 1 and not query_last:  # a single head lies as its Linear's output does
-        q = _gradient_copied(ops, q, "query")
+        q = ops.gradient_as_rows(q, "query")
     if a.k > 1:
-        k = _gradient_copied(ops, k, "key") if a.n != a.k or backend not in WRITTEN_OUT else k
-        v = _gradient_copied(ops, v, "value")
+        k = ops.gradient_as_rows(k, "key") if a.n != a.k or backend not in WRITTEN_OUT else k
+        v = ops.gradient_as_rows(v, "value")
     if a.n > 1 and query_last:
-        q = _gradient_copied(ops, q, "query")
+        q = ops.gradient_as_rows(q, "query")
     return q, k, v
 
 
@@ -39,15 +39,9 @@ def heads_first(ops: Ops, a: AttentionShape, backend: AttentionBackend) -> bool:
     return backend in WRITTEN_OUT or pads_heads(backend, a, ops.tape.trace.on_device_kernels)
 
 
-def flattened_key(ops: Ops, k: Tensor, a: AttentionShape, backend: AttentionBackend) -> Tensor:
-    """The key as its Linear gave it. Backward: the gradient, [b, n, d, s] in memory, as rows: a copy, unless b is 1."""
-    copied = backend in WRITTEN_OUT and a.n == a.k and a.b > 1
-    return _gradient_copied(ops, k, "key") if copied else k
-
-
-def _gradient_copied(ops: Ops, x: Tensor, label: str) -> Tensor:
-    numel, size, tape = x.numel, x.itemsize, ops.tape
-    return x.view(node=tape.node([x], lambda _: [tape.new(numel, size, label + " gradient, contiguous")]))
+def key_comes_turned(a: AttentionShape, backend: AttentionBackend) -> bool:
+    """Is the key's gradient, [b, n, d, s] in memory, no view of rows? With one sequence it is."""
+    return backend in WRITTEN_OUT and a.n == a.k and a.b > 1
 
 
 def attention(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from lab.analytic.attention import autocast_attention, contiguous, flattened_key, in_heads
+from lab.analytic.attention import autocast_attention, contiguous, in_heads, key_comes_turned
 from lab.analytic.attention_shape import AttentionShape, choose_backend
 from lab.analytic.checkpoint import checkpoint
 from lab.analytic.linears import Linears
@@ -125,8 +125,8 @@ class Decoder:
             q, k, v = self.ops.split(qkv, [a.q_numel, a.kv_numel, a.kv_numel], "query, key and value gradient")
             return q, k, v
         q = self._linear(x, f"{prefix}.q_proj", "query")
-        flattened = partial(flattened_key, self.ops, a=self.shape, backend=self.backend)
-        k = self.linears(x, f"{prefix}.k_proj", "key", self.rows, as_rows=flattened)
+        turned = key_comes_turned(self.shape, self.backend)
+        k = self.linears(x, f"{prefix}.k_proj", "key", self.rows, turned=turned)
         return q, k, self._linear(x, f"{prefix}.v_proj", "value")
 
     def _mlp(self, x: Tensor, prefix: str) -> Tensor:

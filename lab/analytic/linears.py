@@ -22,12 +22,6 @@ class ModuleHooks(Protocol):
 
 
 Plain = Callable[[Tensor, str, str], Tensor]
-AsRows = Callable[[Tensor], Tensor]
-
-
-def same(x: Tensor) -> Tensor:
-    """x itself."""
-    return x
 
 
 class Linears:
@@ -41,24 +35,25 @@ class Linears:
         self.cfg, self.ops, self.p, self.hooks = cfg, ops, params, hooks
 
     def __call__(
-        self, x: Tensor, name: str, label: str, rows: int, plain: Plain | None = None, as_rows: AsRows = same
+        self, x: Tensor, name: str, label: str, rows: int, plain: Plain | None = None, turned: bool = False
     ) -> Tensor:
         """``plain``: a family's own layer in nn.Linear's place, as (x, name, label).
 
-        ``as_rows``: what stands between a product's rows and a Linear's output, the adapter's too (its view). A 4-bit
-        one has none: its backward takes the gradient as it lies (matmul.cpp, should_fold).
+        ``turned``: the gradient comes in another order of memory than rows. Products copy it, the adapter's too; of a
+        quantized weight the 4-bit one takes it as it lies (matmul.cpp, should_fold), the int8 one copies it within.
         """
         x = self.hooks.enter(name, x)
-        return self.hooks.leave(name, self._forward(x, name, label, rows, plain, as_rows))
+        return self.hooks.leave(name, self._forward(x, name, label, rows, plain, turned))
 
-    def _forward(self, x: Tensor, name: str, label: str, rows: int, plain: Plain | None, as_rows: AsRows) -> Tensor:
+    def _forward(self, x: Tensor, name: str, label: str, rows: int, plain: Plain | None, turned: bool) -> Tensor:
         if f"{name}.lora_A.weight" not in self.p:
-            return self._base(x, name, label, rows, plain, as_rows)
+            return self._base(x, name, label, rows, plain, turned)
+        as_rows = partial(self._as_rows, label=label, turned=turned)
         weight, itemsize = self.p[f"{name}.weight"], self.p[f"{name}.lora_A.weight"].tensor.itemsize
 
         def base(y: Tensor) -> Tensor:
             y = self.hooks.enter(f"{name}.base_layer", y)
-            return self.hooks.leave(f"{name}.base_layer", self._base(y, name, label, rows, plain, as_rows))
+            return self.hooks.leave(f"{name}.base_layer", self._base(y, name, label, rows, plain, turned))
 
         def adapter(leaf: str, y: Tensor, count: int, out_label: str) -> Tensor:
             module = f"{name}.lora_{leaf}"
@@ -84,12 +79,15 @@ class Linears:
         up = partial(up, count=rows, out_label=f"{label} adapter B")
         return lora(self.ops, base, down, up, dropped, x, itemsize, label, kind)
 
-    def _base(self, x: Tensor, name: str, label: str, rows: int, plain: Plain | None, as_rows: AsRows) -> Tensor:
+    def _as_rows(self, y: Tensor, label: str, turned: bool) -> Tensor:
+        return self.ops.gradient_as_rows(y, label) if turned else y
+
+    def _base(self, x: Tensor, name: str, label: str, rows: int, plain: Plain | None, turned: bool) -> Tensor:
         if plain is not None:
             return plain(x, name, label)
         w, b = self.p[f"{name}.weight"], self.p.get(f"{name}.bias")
         if w.quantized is None:
-            return as_rows(self.ops.linear(x, w, b, rows, label))
+            return self._as_rows(self.ops.linear(x, w, b, rows, label), label, turned)
         if w.quantized.kind == "int8":
-            return as_rows(linear_int8(self.ops, x, w, b, rows, label))
+            return linear_int8(self.ops, x, w, b, rows, label, turned)
         return linear_4bit(self.ops, x, w, b, rows, label, self.cfg.quantization)

@@ -102,6 +102,11 @@ class BaseOps:
             if nbytes and key not in self.workspaces:
                 self.workspaces[key] = self.new(nbytes, 1, key, MemoryCategory.LIBRARY_WORKSPACES)
 
+    def gradient_as_rows(self, x: Tensor, label: str) -> Tensor:
+        """x as its product gave it, whose gradient comes in another order of memory: its view as rows is a copy."""
+        numel, size, tape = x.numel, x.itemsize, self.tape
+        return x.view(node=tape.node([x], lambda _: [tape.new(numel, size, label + " gradient, contiguous")]))
+
     def cast(self, x: Tensor, itemsize: int, label: str) -> Tensor:
         """x.to(dtype): nothing is kept; backward casts the gradient back."""
         if x.itemsize == itemsize:

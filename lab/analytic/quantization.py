@@ -183,8 +183,13 @@ def linear_4bit(
     return out
 
 
-def linear_int8(ops: Ops, x: Tensor, w: Parameter, b: Parameter | None, rows: int, label: str) -> Tensor:
-    """Linear8bitLt without outliers: x in int8 times the weight on a GPU, the dequantized weight on a CPU."""
+def linear_int8(
+    ops: Ops, x: Tensor, w: Parameter, b: Parameter | None, rows: int, label: str, turned: bool = False
+) -> Tensor:
+    """Linear8bitLt without outliers: x in int8 times the weight on a GPU, the dequantized weight on a CPU.
+
+    ``turned``: the gradient comes in another order of memory, and backward makes rows of it (reshape).
+    """
     assert w.quantized is not None
     tape, info, size, numel_x = ops.tape, w.quantized, x.itemsize, x.numel
     out_features = w.shape[0]
@@ -196,13 +201,15 @@ def linear_int8(ops: Ops, x: Tensor, w: Parameter, b: Parameter | None, rows: in
     def backward(grads: Grads) -> Grads:
         g = grads[0]
         assert g is not None
+        if turned:
+            g = tape.new(g.numel, g.itemsize, label + " gradient, contiguous")
         weight = tape.new(info.numel, size, f"dequantized {w.name}")
         scales = [tape.new(out_features, FP32, "row scales")]
         del scales
         narrow = tape.new(g.numel, size, label + " gradient, input's type") if g.itemsize != size else None
         gx = tape.new(numel_x, size, label + " input gradient")
         ops.matmul_workspace("backward", lt=False)
-        del narrow, weight
+        del narrow, weight, g
         return [gx]
 
     node = tape.node([x], backward)
@@ -245,8 +252,10 @@ def _int8_on_cpu(ops: Ops, x: Tensor, w: Parameter, rows: int, label: str) -> Te
     amp = ops.amp if ops.amp is not None else x.itemsize
     held = []
     if amp != x.itemsize:
-        held = [ops.new(x.numel, amp, label + " input, autocast copy")]
-        held.append(ops.new(w.quantized.numel, amp, f"dequantized {w.name}, autocast copy"))
+        held = [
+            ops.new(w.quantized.numel, amp, f"dequantized {w.name}, autocast copy")
+        ]  # of a C++ call, the last first
+        held.append(ops.new(x.numel, amp, label + " input, autocast copy"))
     y = ops.kept_or(rows * w.shape[0], amp, label)  # F.linear in plain sight: a selective policy keeps it
     held.clear()
     del weight

@@ -93,7 +93,7 @@ def _worst_table(errors: Sequence[PointError]) -> str:
 
 
 def as_markdown(points: int, errors: Sequence[PointError], whose: str, by: Sequence[str] = ()) -> str:
-    """One row per level, and per strategy, precision or study (``by``), with how many runs are exact, within 0.1, 1, 5 %."""
+    """One row per level, and per strategy, precision or study (``by``), with how many are exact, within 0.1, 1, 5 %."""
     headers = ["level", *(["/".join(by)] if by else [])]
     headers += ["runs", "median %", "p90 %", "worst %", "= 0", "≤ 0.1 %", "≤ 1 %", "≤ 5 %"]
     rows = []

@@ -55,7 +55,8 @@ class Recorder(StorageTracker):
             Recorder.events.append((after, Recorder.count))
 
     def _gone(self, key: int, reference: Any) -> None:
-        Recorder.events.append((-self._live[key][0], Recorder.number[key]))
+        if size := self._live[key][0]:
+            Recorder.events.append((-size, Recorder.number[key]))
         super()._gone(key, reference)
 
 
@@ -106,6 +107,7 @@ OWN = [
     ["attention=math", "precision=fp32", "model.dropout=0.1", "checkpointing=selective"],
     ["loss=chunked", "model.fused_qkv=true", "train.max_grad_norm=1.0", "optimizer=adafactor"],
     ["adapter=lora", "quantization=nf4", "attention=eager"],
+    ["adapter=lora", "quantization=int8", "attention=math", "checkpointing=full"],
     ["adapter=dora", "attention=eager", "model.position=learned"],
     ["attention=eager", "model.num_heads=1", "model.num_kv_heads=1", "model.head_dim=36", "precision=bf16_pure"],
     ["model.bias=true", "precision=fp32", "train.gradient_accumulation_steps=2"],
