@@ -18,9 +18,19 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def fused(
-    ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, backend: AttentionBackend, dropout: float
+    ops: Ops,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: AttentionShape,
+    backend: AttentionBackend,
+    dropout: float,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Flash, cuDNN, memory-efficient (and the CPU's flash): keeps q, k, v, the output and log-sum-exp per row."""
+    """Flash, cuDNN, memory-efficient (and the CPU's flash): keeps q, k, v, the output and log-sum-exp per row.
+
+    ``bias``: an additive mask, kept as well.
+    """
     size, tape, gpu = q.itemsize, ops.tape, ops.tape.trace.on_device_kernels
     rows = a.b * a.n * a.s
     seeds = {AttentionBackend.FLASH: 2, AttentionBackend.CUDNN: 2}.get(backend, 0) if gpu else 0
@@ -56,7 +66,7 @@ def fused(
         del both, accumulator, sums  # C++ locals go last first
         return [gq, gk, gv]
 
-    node = tape.node([q, k, v], backward, [k, q, v])  # declared by name: key, query, value
+    node = tape.node([q, k, v], backward, [bias, k, q, v])  # declared by name: attn_bias, key, query, value
     cudnn, random_state = backend is AttentionBackend.CUDNN, []
     if cudnn:  # made before the graph runs; flash makes them while it does
         random_state = [ops.kept_or(1, 8, "attention random state") for _ in range(seeds)]
