@@ -8,6 +8,7 @@ and attention_backward.cu; cuDNN: MHA.cpp.
 from __future__ import annotations
 
 from lab.analytic.attention_shape import AttentionShape
+from lab.analytic.attention_workspace import accumulates_outside, workspace_bytes
 from lab.analytic.ops import Ops
 from lab.analytic.tape import FP32, Grads, Tensor
 from lab.vocab import AttentionBackend
@@ -51,8 +52,7 @@ def fused(
                 del summed, product
             else:
                 delta = tape.new(delta_rows, FP32, "attention backward row sums")
-            tiles = a.b * a.n * _round_up(a.s, 64) // 64  # an fp32 accumulator and a header of 16 B for each
-            ops.scratch(tiles * (FP32 * 64 * _round_up(a.d, 64) + 16), "attention backward workspace")
+            ops.scratch(workspace_bytes(a, size), "attention backward workspace")
             del delta
             return [gq, gk, gv]
         expanded = 2 * size * a.q_numel if grouped else 0  # dk and dv per query head, before they are summed
@@ -73,6 +73,8 @@ def fused(
     out = ops.kept_or(a.q_numel, size, "attention output")
     lse_rows = a.b * a.n * (_round_up(a.s, 32) if backend is AttentionBackend.MEM_EFFICIENT else a.s)
     lse = ops.kept_or(lse_rows, FP32, "log-sum-exp")
+    if backend is AttentionBackend.MEM_EFFICIENT and accumulates_outside(a, size) and not ops.taken_back:
+        ops.scratch(a.q_numel * FP32, "fp32 attention output accumulator")
     if cudnn:
         ops.scratch(256, "cuDNN workspace")
     else:
