@@ -14,7 +14,7 @@ import tempfile
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from lab.integrations import MemoryCallback
 
@@ -25,6 +25,8 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=value)
     for name, value in [("steps", 4), ("accumulation", 1)]:
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--window", type=int, default=0, help="a Mistral with this sliding window; 0: a Llama")
+    parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--weights", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--optim", default="adamw_torch_fused")
@@ -74,7 +76,8 @@ def quantized(model: PreTrainedModel, checkpointing: bool) -> PreTrainedModel:
 
 def main() -> None:
     options = parse()
-    config = LlamaConfig(
+    kind = MistralConfig if options.window else LlamaConfig
+    config = kind(
         vocab_size=options.vocab,
         hidden_size=options.hidden,
         intermediate_size=options.hidden * 11 // 4,
@@ -82,6 +85,8 @@ def main() -> None:
         num_attention_heads=options.heads,
         num_key_value_heads=options.heads,
         max_position_embeddings=max(options.seq, 128),
+        attn_implementation=options.attention,
+        **({"sliding_window": options.window} if options.window else {}),
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.weights))

@@ -97,8 +97,6 @@ def _hf(cfg: RunConfig) -> list[str]:
         out.append(_accelerated_outputs(cfg))
     if hf.activation not in ("silu", "gelu", "gelu_new"):
         out.append(f"activation {hf.activation} replayed as silu, which keeps its input alone")
-    if hf.sliding_window is not None and cfg.train.seq_len >= hf.sliding_window:
-        out.append(f"sliding window of {hf.sliding_window} tokens: its mask and the kernels that take it are left out")
     if hf.rope_type == "dynamic":
         out.append("rotary frequencies that the forward recomputes are left out")
     return out

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lab.analytic.attention_shape import AttentionShape, pads_heads
+from lab.analytic.attention_workspace import accumulates_outside, workspace_bytes
 from lab.analytic.ops import Ops
 from lab.analytic.tape import FP32, Grads, Tensor
 from lab.vocab import AttentionBackend
@@ -20,17 +21,27 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def fused(
-    ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, backend: AttentionBackend, dropout: float
+    ops: Ops,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: AttentionShape,
+    backend: AttentionBackend,
+    dropout: float,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Flash, cuDNN, memory-efficient (and the CPU's flash): keeps q, k, v, the output and log-sum-exp per row."""
+    """Flash, cuDNN, memory-efficient (and the CPU's flash): keeps q, k, v, the output and log-sum-exp per row.
+
+    ``bias``: an additive mask, kept as well; flash takes none.
+    """
     if not pads_heads(backend, a, ops.tape.trace.on_device_kernels):
-        return _kernel(ops, q, k, v, a, backend, dropout)
+        return _kernel(ops, q, k, v, a, backend, dropout, bias)
     tape, cut, size = ops.tape, a.q_numel, q.itemsize
     wide = replace(a, d=_round_up(a.d, 8))
     q = _padded(ops, q, wide.q_numel, "query")
     k = _padded(ops, k, wide.kv_numel, "key")
     v = _padded(ops, v, wide.kv_numel, "value")
-    y = _kernel(ops, q, k, v, wide, backend, dropout, heads_first=True)
+    y = _kernel(ops, q, k, v, wide, backend, dropout, None, heads_first=True)
     return y.view(cut, tape.node([y], lambda _: [tape.new(wide.q_numel, size, "attention output gradient, padded")]))
 
 
@@ -51,6 +62,7 @@ def _kernel(
     a: AttentionShape,
     backend: AttentionBackend,
     dropout: float,
+    bias: Tensor | None,
     heads_first: bool = False,
 ) -> Tensor:
     """``heads_first``: q, k and v are [b, n, s, d] in memory, not [b, s, n, d] as projections are."""
@@ -79,8 +91,7 @@ def _kernel(
                 del summed, product
             else:
                 delta = tape.new(delta_rows, FP32, "attention backward row sums")
-            tiles = a.b * a.n * _round_up(a.s, 64) // 64  # an fp32 accumulator and a header of 16 B for each
-            ops.scratch(tiles * (FP32 * 64 * _round_up(a.d, 64) + 16), "attention backward workspace")
+            ops.scratch(workspace_bytes(a, size), "attention backward workspace")
             del delta
             return [gq, gk, gv]
         expanded = 2 * size * a.q_numel if grouped else 0  # dk and dv per query head, before they are summed
@@ -96,13 +107,15 @@ def _kernel(
             rows_first.pop()
         return [gq, gk, gv]
 
-    node = tape.node([q, k, v], backward, [k, q, v])  # declared by name: key, query, value
+    node = tape.node([q, k, v], backward, [bias, k, q, v])  # declared by name: attn_bias, key, query, value
     cudnn, random_state = backend is AttentionBackend.CUDNN, []
     if cudnn:  # made before the graph runs; flash makes them while it does
         random_state = [ops.kept_or(1, 8, "attention random state") for _ in range(seeds)]
     out = ops.kept_or(a.q_numel, size, "attention output")
     lse_rows = a.b * a.n * (_round_up(a.s, 32) if backend is AttentionBackend.MEM_EFFICIENT else a.s)
     lse = ops.kept_or(lse_rows, FP32, "log-sum-exp")
+    if backend is AttentionBackend.MEM_EFFICIENT and accumulates_outside(a, size) and not ops.taken_back:
+        ops.scratch(a.q_numel * FP32, "fp32 attention output accumulator")
     if cudnn:
         ops.scratch(256, "cuDNN workspace")
     else:

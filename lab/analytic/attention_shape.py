@@ -49,7 +49,7 @@ def choose_backend(
         return AttentionBackend.CUDNN
     if half and shape.d <= 256:
         return AttentionBackend.FLASH
-    if shape.n == shape.k and shape.d % (8 if half else 4) == 0:
+    if shape.n == shape.k and takes_heads(precision, shape.d):
         return AttentionBackend.MEM_EFFICIENT
     return AttentionBackend.MATH
 
@@ -57,3 +57,26 @@ def choose_backend(
 def pads_heads(backend: AttentionBackend, shape: AttentionShape, gpu: bool) -> bool:
     """Flash on a GPU takes heads of whole 8 elements: shorter ones are padded by scaled_dot_product_attention."""
     return gpu and backend is AttentionBackend.FLASH and shape.d % 8 != 0
+
+
+def choose_masked_backend(
+    asked: AttentionBackend, device_type: str, precision: Precision, shape: AttentionShape, dropout: float
+) -> AttentionBackend:
+    """The kernel that ``auto`` stands for where a mask is given, so that all heads are query heads.
+
+    CUDA, torch 2.11 on sm_90 (sdp_utils.cpp, check_for_attn_mask, check_cudnn_tensor_shapes,
+    check_head_dim_size_mem_efficient): flash takes no mask; cuDNN as without one; memory-efficient rows of heads that
+    are aligned to 16 bytes; else math. CPU (sdp_utils_cpp.cpp): as without a mask.
+    """
+    if asked is not AttentionBackend.AUTO:
+        return asked
+    if device_type == "cpu":
+        return AttentionBackend.MATH if dropout else AttentionBackend.FLASH
+    if precision is not Precision.FP32 and shape.d % 8 == 0 and shape.d <= 128:
+        return AttentionBackend.CUDNN
+    return AttentionBackend.MEM_EFFICIENT if takes_heads(precision, shape.d) else AttentionBackend.MATH
+
+
+def takes_heads(precision: Precision, head_dim: int) -> bool:
+    """Can the memory-efficient kernel? Its rows are read 16 bytes at a time (minimum_gemm_alignment)."""
+    return head_dim % (4 if precision is Precision.FP32 else 8) == 0

@@ -19,6 +19,12 @@ def repeat_kv(ops: Ops, x: Tensor, a: AttentionShape, label: str) -> Tensor:
     return y
 
 
+def expanded_kv(ops: Ops, x: Tensor, a: AttentionShape, label: str) -> Tensor:
+    """transformers' repeat_kv of a single head: a view without a copy; backward sums the query heads' gradients."""
+    kv, size, tape = a.kv_numel, x.itemsize, ops.tape
+    return x.view(a.q_numel, tape.node([x], lambda _: [tape.new(kv, size, label + " summed gradient")]))
+
+
 def matmul(ops: Ops, x: Tensor, y: Tensor, numel: int, label: str, grad_copy: int = 0) -> Tensor:
     """Batched product; keeps both; backward: (a contiguous copy of the gradient,) y's gradient, x's gradient."""
     nx, ny, size, tape = x.numel, y.numel, x.itemsize, ops.tape
@@ -135,31 +141,44 @@ def _same(ops: Ops, x: Tensor, label: str):  # type: ignore[no-untyped-def]
     return lambda _: [tape.new(numel, size, label)]
 
 
-def math(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout: float) -> Tensor:
+def math(
+    ops: Ops,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: AttentionShape,
+    dropout: float,
+    bias: Tensor | None = None,
+    in_order: bool = False,
+) -> Tensor:
     """SDPA's math kernel: everything in fp32, and [b, n, s, s] weights kept.
 
     Its C++ locals (fp32 q, k and v, repeated k and v, the scaled q, the mask) live until it returns. The mask is added
     in place, unless a dispatch mode is active (areAnyTensorSubclassLike).
+
+    ``bias``: an additive mask; without one it makes the causal mask. ``in_order``: k's and v's heads lie one after
+    another already, or are views of a single one.
     """
     size, square, tape = q.itemsize, a.s * a.s, ops.tape
     gpu = tape.trace.on_device_kernels
     grouped = a.n != a.k
     q32, k32, v32 = ops.cast(q, FP32, "query, fp32"), ops.cast(k, FP32, "key, fp32"), ops.cast(v, FP32, "value, fp32")
     scaled_q = ops.unary(q32, "scaled query", False, "query gradient")
-    ones = ops.new(square, BOOL, "causal mask")
-    lower = ops.new(square, BOOL, "causal mask")
-    del ones
-    chosen = [ops.new(1, FP32, "mask values") for _ in range(2 if gpu else 0)]  # 0 where it holds, -inf elsewhere
-    mask = ops.new(square, FP32, "additive causal mask")
-    del chosen, lower
-    held = [q32, k32, v32, scaled_q, mask]
-    del q32, mask
+    if bias is None:
+        ones = ops.new(square, BOOL, "causal mask")
+        lower = ops.new(square, BOOL, "causal mask")
+        del ones
+        chosen = [ops.new(1, FP32, "mask values") for _ in range(2 if gpu else 0)]  # 0 where it holds, -inf elsewhere
+        bias = ops.new(square, FP32, "additive causal mask")
+        del chosen, lower
+    held = [q32, k32, v32, scaled_q, bias]
+    del q32, bias
     if grouped:
         k32, v32 = repeat_kv(ops, k32, a, "key"), repeat_kv(ops, v32, a, "value")
         held += [k32, v32]
     scaled_k = ops.unary(k32, "scaled key", False, "key gradient")
     cq = _side_by_side(ops, scaled_q, a, "query")
-    ck = scaled_k if grouped else _side_by_side(ops, scaled_k, a, "key")
+    ck = scaled_k if grouped or in_order else _side_by_side(ops, scaled_k, a, "key")
     scores = matmul(ops, cq, ck, a.weights_numel, "attention scores")
     del cq, ck, scaled_k
     if ops.dispatch_mode:
@@ -177,7 +196,8 @@ def math(ops: Ops, q: Tensor, k: Tensor, v: Tensor, a: AttentionShape, dropout: 
     if dropout:
         soft = ops.dropout(soft, "attention dropout")
     returned = ops.new(soft.numel, size, "attention weights, returned") if size != FP32 else None
-    cv = v32 if grouped else _side_by_side(ops, v32, a, "value")
+    whole_v = grouped or (in_order and v32.storage.nbytes >= v32.numel * FP32)
+    cv = v32 if whole_v else _side_by_side(ops, v32, a, "value")
     out = matmul(ops, soft, cv, a.q_numel, "attention output", grad_copy=a.q_numel if lies_across(a) else 0)
     del cv
     out = ops.cast(out, size, "attention output")

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Protocol
 
 from lab.analytic.attention import autocast_attention, contiguous, in_heads, key_comes_turned
-from lab.analytic.attention_shape import AttentionShape, choose_backend
+from lab.analytic.attention_shape import AttentionShape, choose_backend, choose_masked_backend
 from lab.analytic.checkpoint import checkpoint
 from lab.analytic.linears import Linears
 from lab.analytic.losses import cross_entropy, cross_entropy_without_upcast, in_place_cross_entropy
@@ -54,7 +54,8 @@ class Decoder:
             precision = Precision.FP32  # upcast beside a quantized base: fp32 between the quantized products
         self.compute_itemsize = FP32 if precision is Precision.FP32 else BF16
         self.composite_rmsnorm = m.norm == "rmsnorm" and cfg.hardware.device_type == "cpu"
-        self.backend = choose_backend(cfg.attention.backend, cfg.hardware.device_type, precision, self.shape, m.dropout)
+        asked = cfg.attention.backend, cfg.hardware.device_type, precision, self.shape, m.dropout
+        self.backend, self.masked_backend = choose_backend(*asked), choose_masked_backend(*asked)
 
     def _linear(self, x: Tensor, name: str, label: str, rows: int | None = None) -> Tensor:
         return self.linears(x, name, label, rows or self.rows)

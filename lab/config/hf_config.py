@@ -1,6 +1,6 @@
 """A Hugging Face ``config.json`` -> the fields of ModelConfig, by plain JSON reading: no torch, no transformers.
 
-Keys and defaults are those of transformers' configuration classes (5.17 and 5.23, models/*/configuration_*.py).
+Keys and defaults are those of transformers' configuration classes (5.17, 5.23 and 5.24, models/*/configuration_*.py).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_new",
     "gelu_fast": "gelu_new",
 }
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 _PLAIN_ROPE = ("default", "linear", "llama3", "yarn")
 
 
@@ -35,7 +36,8 @@ def fill_model(model: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(path, str) or not path:
         raise ConfigError("model.path", path, "a folder, a hub id or a config.json, needed with model=hf")
     file = config_file(path)
-    shapes = _Reader(path, _read_json(path, file)).fields()
+    reader = _Reader(path, _read_json(path, file))
+    shapes = reader.fields()
     num_layers = given.pop("num_layers", None)
     if given.get("name") == "hf":
         given["name"] = file.stem if file.name != "config.json" else file.parent.name or "hf"
@@ -43,6 +45,8 @@ def fill_model(model: Mapping[str, Any]) -> dict[str, Any]:
         if not given.get("random_weights"):
             raise ConfigError("model.num_layers", num_layers, "comes from config.json unless model.random_weights=true")
         shapes["num_layers"] = num_layers
+    if isinstance(shapes["num_layers"], int):  # else the typed build will refuse it
+        shapes["hf"]["full_layers"] = reader.full_layers(shapes["num_layers"])
     return {**given, **shapes}
 
 
@@ -116,6 +120,32 @@ class _Reader:
             value = "gelu_pytorch_tanh"
         return _ACTIVATIONS.get(value, str(value))
 
+    def _sliding_window(self) -> int | None:
+        """Tokens that a sliding layer sees: Mistral's, and Qwen's with ``use_sliding_window``; None: none slides."""
+        qwen = self.family in ("qwen2", "qwen3") and self.flag("use_sliding_window", False)
+        if not (qwen or self.family == "mistral") or self.tree.get("sliding_window", 4096) is None:
+            return None
+        return self.whole("sliding_window", default=4096)
+
+    def full_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The layers that attend fully although the model has a sliding window.
+
+        Mistral has none. Qwen's ``layer_types`` say, or else the first ``max_window_layers`` do
+        (configuration_qwen2.py and configuration_qwen3.py, __post_init__).
+        """
+        given, window = self.tree.get("layer_types"), self._sliding_window()
+        if self.family not in ("qwen2", "qwen3"):
+            return ()
+        if given is None:
+            first = 0 if self.tree.get("max_window_layers") == 0 else self.whole("max_window_layers", default=28)
+            given = [_FULL] * first + [_SLIDING] * (num_layers - first) if window is not None else [_FULL] * num_layers
+        elif not isinstance(given, list) or len(given) < num_layers or any(t not in (_FULL, _SLIDING) for t in given):
+            raise self._fail("layer_types", given, f"expected {_FULL} or {_SLIDING} for each of {num_layers} layers")
+        full = tuple(i for i in range(num_layers) if given[i] == _FULL)
+        if window is None and len(full) < num_layers:
+            raise self._fail("layer_types", given, f"{_SLIDING} needs use_sliding_window=true and a sliding_window")
+        return full if window is not None else ()
+
     def _gpt2(self) -> dict[str, Any]:
         hidden, heads = self.whole("n_embd", "hidden_size"), self.whole("n_head", "num_attention_heads")
         if hidden % heads:
@@ -147,13 +177,9 @@ class _Reader:
         hidden, heads = self.whole("hidden_size"), self.whole("num_attention_heads")
         default_head_dim = {"gemma": 256, "qwen3": 128}.get(self.family)
         head_dim = self.whole("head_dim", default=default_head_dim or hidden // heads)
-        qwen = self.family in ("qwen2", "qwen3")
         bias = self.family == "qwen2" or (self.family != "mistral" and self.flag("attention_bias", False))
         rope = self.tree.get("rope_parameters") or self.tree.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else "default"
-        window = self.tree.get("sliding_window", 4096 if self.family == "mistral" else None)
-        if self.family not in ("mistral", "qwen2", "qwen3") or (qwen and not self.flag("use_sliding_window", False)):
-            window = None
         return {
             "num_layers": self.whole("num_hidden_layers"),
             "hidden_size": hidden,
@@ -171,7 +197,7 @@ class _Reader:
                 "output_bias": bias and self.family != "qwen2",
                 "mlp_bias": self.family == "llama" and self.flag("mlp_bias", False),
                 "qk_norm": self.family == "qwen3",
-                "sliding_window": window,
+                "sliding_window": self._sliding_window(),
                 "rope_type": kind if kind in _PLAIN_ROPE else "dynamic",
             },
         }

@@ -21,9 +21,14 @@ class HFConfig:
     mlp_bias: bool = False
     qk_norm: bool = False  # an RMSNorm per head on query and key (Qwen3)
     sliding_window: int | None = None  # tokens; null: full attention
+    full_layers: tuple[int, ...] = ()  # with a sliding window: the layers that attend fully all the same
     rope_type: str = "default"  # default | linear | llama3 | yarn | dynamic (recomputed in the forward)
     embedding_dropout: float = 0.0  # GPT-2's embd_pdrop; model.dropout is the attention weights'
     residual_dropout: float = 0.0  # GPT-2's resid_pdrop
+
+    def slides(self, layer: int) -> bool:
+        """Does this layer look at the last ``sliding_window`` tokens only?"""
+        return self.sliding_window is not None and layer not in self.full_layers
 
 
 @dataclass(frozen=True)

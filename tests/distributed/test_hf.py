@@ -31,6 +31,7 @@ POINTS = {
             "parallel.zero.stage3_param_persistence_threshold=0",
         ],
     ),
+    "fsdp_sliding": ("qwen3_sliding", ["parallel=fsdp", "precision=bf16_mixed", "checkpointing=every_k"]),
     "zero3": ("gemma", ["parallel=zero3", "precision=bf16_mixed", "checkpointing=full", *SMALL_BUCKETS]),
 }
 

@@ -31,7 +31,14 @@ def example(folder: Path, *options: str, ranks: int = 1) -> str:
 
 
 @pytest.mark.parametrize(
-    "options", [["--layers", "3", "--optim", "adamw_torch"], ["--lora", "4", "--nf4", "--checkpointing"]]
+    "options",
+    [
+        ["--layers", "3", "--optim", "adamw_torch"],
+        ["--lora", "4", "--nf4", "--checkpointing"],
+        ["--attention", "eager"],
+        ["--window", "48"],
+        ["--window", "48", "--attention", "eager", "--checkpointing"],
+    ],
 )
 def test_prediction_is_the_measurement(options: list[str], tmp_path: Path) -> None:
     out = example(tmp_path, "--accumulation", "2", *options)

@@ -57,6 +57,23 @@ def test_accelerate_with_a_hugging_face_model(family: str, options: list[str], t
     assert unexplained(load([*TRAIN, *hf_overrides(write_config(tmp_path, family), *more)])) == set()
 
 
+@pytest.mark.parametrize("family", ["mistral_sliding", "qwen3_sliding"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["attention=cudnn"],
+        ["attention=math"],
+        ["attention=eager"],
+        ["precision=fp32", "train.seq_len=35"],  # the memory-efficient kernel, its mask padded
+        ["engine=hf_trainer"],
+        ["engine=hf_trainer", "attention=eager", "checkpointing=full", "train.seq_len=35"],
+    ],
+    ids=" ".join,
+)
+def test_sliding_windows(family: str, options: list[str], tmp_path: Path) -> None:
+    assert unexplained(load([*TRAIN, *hf_overrides(write_config(tmp_path, family), *options)])) == set()
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -124,6 +124,22 @@ FAMILIES = [
     ("gpt2", ["attention=eager", "train.micro_batch_size=1"]),
     ("gpt2_plain", ["adapter=lora", "checkpointing=full"]),
 ]
+_QWEN = {"use_sliding_window": True, "sliding_window": 16}
+SLIDING: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("mistral", {"sliding_window": 16}, ["attention=eager", "checkpointing=full"]),
+    ("mistral", {"sliding_window": 16, "num_key_value_heads": 4}, ["attention=math", "precision=bf16_pure"]),
+    ("mistral", {"sliding_window": 16, "attention_dropout": 0.1}, ["checkpointing=full", "adapter=lora"]),
+    ("mistral", {"sliding_window": 48, "num_key_value_heads": 1}, ["attention=flash", "precision=bf16_pure"]),
+    ("mistral", {"sliding_window": 48, "num_key_value_heads": 1}, ["attention=math", "precision=fp32"]),
+    ("mistral", {"sliding_window": 49}, ["attention=eager", "precision=fp32"]),
+    ("mistral", {"sliding_window": 49}, ["attention=math"]),
+    ("qwen2", {**_QWEN, "max_window_layers": 0}, ["attention=eager", "train.micro_batch_size=1"]),
+    ("qwen2", {**_QWEN, "max_window_layers": 1}, ["checkpointing=every_k", "checkpointing.every_k=2"]),
+    ("qwen2", {**_QWEN, "max_window_layers": 1}, ["attention=eager", "adapter=lora", "quantization=nf4"]),
+    ("qwen3", {**_QWEN, "max_window_layers": 1, "attention_dropout": 0.1}, ["precision=bf16_pure"]),
+    ("qwen3", {**_QWEN, "layer_types": ["sliding_attention", "full_attention"]}, ["precision=fp32"]),
+    ("qwen3", {**_QWEN, "sliding_window": 64, "max_window_layers": 1}, ["attention=eager"]),
+]
 
 
 @pytest.mark.parametrize("overrides", OWN, ids=" ".join)
@@ -137,6 +153,18 @@ def test_order_of_the_labs_model(overrides: list[str], monkeypatch: pytest.Monke
 @pytest.mark.parametrize(("family", "overrides"), FAMILIES, ids=lambda v: v if isinstance(v, str) else " ".join(v))
 def test_order_of_a_family(family: str, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = [*COMMON, *hf_overrides(write_config(tmp_path, family), *overrides)]
+    seen = measured(given, monkeypatch)
+    assert len(seen) > 300
+    assert seen == predicted(given)
+
+
+@pytest.mark.parametrize(("family", "changes", "overrides"), SLIDING, ids=str)
+def test_order_with_a_sliding_window(
+    family: str, changes: dict[str, Any], overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences of 48 tokens over windows shorter, as long and longer: a bool mask is 2304 bytes, so it is seen."""
+    path = write_config(tmp_path, family, **changes)
+    given = [*COMMON, *hf_overrides(path, "train.seq_len=48", *overrides)]
     seen = measured(given, monkeypatch)
     assert len(seen) > 300
     assert seen == predicted(given)

@@ -57,6 +57,71 @@ def test_defaults_are_those_of_transformers(tmp_path: Path) -> None:
     assert read("qwen2", sliding_window=64).hf.sliding_window is None  # use_sliding_window is false
 
 
+def test_which_layers_slide(tmp_path: Path) -> None:
+    """As transformers' configuration classes say, whose own reading is compared where there is one."""
+    from lab.model.hf import hf_config
+
+    def read(name: str, *more: str, **changes: object) -> list[bool]:
+        changes = {"num_hidden_layers": 4, **changes}
+        cfg = load(hf_overrides(write_config(tmp_path, name, **changes), "hardware=cpu", *more))
+        found = [cfg.model.hf.slides(i) for i in range(cfg.model.num_layers)]
+        if name != "mistral":
+            types = hf_config(cfg.model, cfg.attention.backend).layer_types
+            assert found == [t == "sliding_attention" for t in types]
+        return found
+
+    on = {"use_sliding_window": True, "sliding_window": 16}
+    assert read("mistral", sliding_window=16) == [True] * 4
+    assert read("qwen2", sliding_window=16) == [False] * 4
+    assert read("qwen2", **on) == [False] * 4  # max_window_layers is 28
+    assert read("qwen2", **on, max_window_layers=0) == [True] * 4
+    assert read("qwen3", **on, max_window_layers=3) == [False, False, False, True]
+    assert read("qwen3", "model.num_layers=3", **on, max_window_layers=2) == [False, False, True]
+    types = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    assert read("qwen3", **on, layer_types=types) == [True, False, True, False]
+    assert read("qwen3", "model.num_layers=3", **on, layer_types=types) == [True, False, True]
+    assert read("qwen3", layer_types=["full_attention"] * 4) == [False] * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"layer_types": ["sliding_attention"] * 2}, "needs use_sliding_window=true"),
+        ({"layer_types": ["full_attention"], "use_sliding_window": True}, "for each of 2 layers"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "expected full_attention or sliding_attention"),
+        ({"sliding_window": 0, "use_sliding_window": True}, "positive whole number"),
+        ({"max_window_layers": -1, "use_sliding_window": True}, "positive whole number"),
+    ],
+)
+def test_layers_that_transformers_would_refuse(changes: dict[str, object], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load(hf_overrides(write_config(tmp_path, "qwen2", **changes), "hardware=cpu"))
+
+
+def test_kernels_that_take_no_mask(tmp_path: Path) -> None:
+    """Where the window is full: flash never, the memory-efficient one with repeated heads, of the right size."""
+
+    def asked(kernel: str, name: str = "mistral_sliding", *more: str, **changes: object) -> str:
+        path = write_config(tmp_path, name, **changes)
+        try:
+            load(hf_overrides(path, "hardware=h200", f"attention={kernel}", *more))
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    assert "takes no mask" in asked("flash")
+    assert "takes no mask" in asked("flash", "qwen3_sliding")
+    assert asked("flash", "mistral_sliding", "train.seq_len=15") == ""
+    assert asked("flash", "mistral_sliding", "model.num_layers=1", sliding_window=33) == ""
+    assert asked("cudnn") == asked("math") == asked("eager") == asked("auto") == ""
+    assert asked("mem_efficient") == ""  # every layer repeats its heads
+    assert "which refuses that" in asked("mem_efficient", "qwen3_sliding")
+    assert "which refuses that" in asked("mem_efficient", "mistral_sliding", "train.seq_len=15")
+    assert "a multiple of 8" in asked("mem_efficient", head_dim=12)
+    assert asked("mem_efficient", "mistral_sliding", "precision=fp32", head_dim=12) == ""
+    load(hf_overrides(write_config(tmp_path, "mistral_sliding"), "hardware=cpu", "attention=flash"))
+
+
 def test_fewer_layers_than_the_file_says(tmp_path: Path) -> None:
     path = write_config(tmp_path, "llama")
     assert load(hf_overrides(path, "hardware=cpu", "model.num_layers=1")).model.num_layers == 1

@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from lab.analytic import predict
+from lab.analytic.attention_shape import AttentionShape, choose_masked_backend
+from lab.analytic.attention_workspace import workspace_bytes
 from lab.analytic.families import make_decoder
 from lab.analytic.step import Replay
 from lab.analytic.timeline import spans_of, totals
 from lab.build import build
 from lab.config import RunConfig, load
 from lab.measure import StorageTracker
-from lab.vocab import StepPhase
+from lab.vocab import AttentionBackend, MemoryCategory, Precision, StepPhase
 from tests.unit.hf_cases import CONFIGS, hf_overrides, write_config
 
 CPU = torch.device("cpu")
@@ -103,11 +105,8 @@ def test_an_unknown_family_is_predicted_as_a_llama_and_says_so(tmp_path: Path) -
 
 
 def test_what_is_left_out_is_said(tmp_path: Path) -> None:
-    path = write_config(
-        tmp_path, "mistral", sliding_window=16, hidden_act="relu2", rope_scaling={"rope_type": "longrope"}
-    )
+    path = write_config(tmp_path, "mistral", hidden_act="relu2", rope_scaling={"rope_type": "longrope"})
     said = " ".join(predict(load(hf_overrides(path, "hardware=h200"))).assumptions)
-    assert "sliding window of 16 tokens" in said
     assert "activation relu2" in said
     assert "rotary frequencies" in said
 
@@ -134,3 +133,40 @@ def test_the_lab_keeps_its_own_op_list() -> None:
     replay = Replay(load(["model=tiny", "hardware=cpu"]))
     replay.build()
     assert type(make_decoder(replay.cfg, replay.ops, replay.rule.parameters, replay.rule)) is Decoder
+
+
+def test_every_sliding_layer_keeps_a_mask_of_its_own(tmp_path: Path) -> None:
+    """On a GPU: 2 x 32 x 32 numbers in bf16 per layer, beside one mask of bools that all layers share."""
+
+    def activations(window: int, *more: str) -> int:
+        cfg = load(hf_overrides(write_config(tmp_path, "mistral", sliding_window=window), "hardware=h200", *more))
+        return predict(cfg).steady.phases[StepPhase.FORWARD].end.categories[MemoryCategory.ACTIVATIONS]
+
+    repeated = 2 * 2 * (4 - 2) * 32 * 8 * 2  # keys and values of twice the heads
+    for more in (["attention=cudnn"], ["precision=bf16_pure"]):
+        assert activations(16, *more) - activations(33, *more) == 2 * (2 * 32 * 32 * 2 + repeated), more
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "precision", "expected"),
+    [
+        (128, Precision.BF16_MIXED, AttentionBackend.CUDNN),
+        (192, Precision.BF16_MIXED, AttentionBackend.MEM_EFFICIENT),
+        (36, Precision.FP16_MIXED, AttentionBackend.MATH),
+        (36, Precision.FP32, AttentionBackend.MEM_EFFICIENT),
+        (50, Precision.FP32, AttentionBackend.MATH),
+    ],
+)
+def test_the_kernel_that_takes_a_mask(head_dim: int, precision: Precision, expected: AttentionBackend) -> None:
+    shape = AttentionShape(2, 64, 4, 2, head_dim)
+    assert choose_masked_backend(AttentionBackend.AUTO, "cuda", precision, shape, 0.1) is expected
+
+
+def test_scratch_of_the_memory_efficient_kernel() -> None:
+    """As kernel_backward.h counts it: tiles of 64 x 64, 128 x 128, and 128 x 64 with keys' and values' sums."""
+    assert workspace_bytes(AttentionShape(2, 200, 3, 3, 64), 2) == 6 * 4 * (16 + 4 * 64 * 64)
+    assert workspace_bytes(AttentionShape(2, 200, 3, 3, 80), 2) == 6 * 2 * (16 + 4 * 128 * 128)
+    assert workspace_bytes(AttentionShape(2, 200, 3, 3, 80), 4) == 6 * 2 * 2 * (16 + 4 * 128 * 64)
+    tiles = 2 * 3 * (16 + 4 * 128 * 64)
+    assert workspace_bytes(AttentionShape(2, 200, 3, 3, 192), 2) == 6 * (tiles + 2 * 4 * 4 * 64 * 256)
+    assert workspace_bytes(AttentionShape(100, 200, 3, 3, 192), 2) == 300 * (tiles + 2 * 4 * 1 * 64 * 256)

@@ -6,10 +6,12 @@ from functools import partial
 from typing import Any
 
 from lab.analytic.attention import autocast_attention, contiguous
+from lab.analytic.attention_masked import masked_attention
 from lab.analytic.checkpoint import checkpoint
 from lab.analytic.decoder import Decoder
-from lab.analytic.families.eager import eager_attention, make_mask
+from lab.analytic.families.eager import eager_attention
 from lab.analytic.families.inventory import PREFIX, blocks_prefix, buffers, embedding_module
+from lab.analytic.families.masks import Masks, as_numbers, bool_mask
 from lab.analytic.families.pieces import causal_lm_loss
 from lab.analytic.tape import BOOL, INT64, Grads, Node, Tape, Tensor
 from lab.config import RunConfig
@@ -51,8 +53,11 @@ class HFDecoder(Decoder):
         del plain
         return positions
 
-    def _check_packed(self) -> None:
-        """masking_utils.find_packed_sequence_indices: are the positions those of one sequence? Nothing stays."""
+    def _padding(self) -> Tensor | None:
+        """_preprocess_mask_arguments: the caller's mask as bools; without one, whether sequences are packed.
+
+        That (find_packed_sequence_indices) asks whether the positions are those of one sequence; nothing stays.
+        """
         ops, s, b = self.ops, self.cfg.train.seq_len, self.cfg.train.micro_batch_size
         joined = ops.new(b * (s + 1), INT64, "position differences")
         difference = ops.new(b * s, INT64, "position differences")
@@ -61,29 +66,56 @@ class HFDecoder(Decoder):
         packed = ops.new(b * s, INT64, "packed sequence indices")
         ops.scratch(b * s * INT64, "packed sequence indices")  # CUDA's cumsum takes the bools as int64
         del unequal, difference, packed
+        return None
 
-    def _mask(self, size: int) -> Tensor | None:
-        """masking_utils.create_causal_mask: None for SDPA, which is told that it is causal."""
-        self._check_packed()
-        return make_mask(self.ops, self.shape, size) if self.backend is AttentionBackend.EAGER else None
+    def _is_all_ones(self, padding: Tensor) -> None:
+        """masking_utils.fast_all, where the mask may be left out."""
+
+    def _mask(self, size: int, sliding: bool = False) -> Tensor | None:
+        """create_causal_mask or create_sliding_window_causal_mask, for hidden states of this element size.
+
+        None for SDPA, which is told that it is causal, unless the window is shorter than the sequence or as long
+        (_ignore_causal_mask_sdpa).
+        """
+        padding = self._padding()
+        eager = self.backend is AttentionBackend.EAGER
+        if not eager and not (sliding and self.windowed):
+            if padding is not None:
+                self._is_all_ones(padding)
+            return None
+        allowed = [bool_mask(self.ops, self.shape, sliding, padding)]
+        return as_numbers(self.ops, self.shape, allowed, size) if eager else allowed.pop()
+
+    @property
+    def windowed(self) -> bool:
+        """Is there a sliding window that a sequence fills?"""
+        window = self.cfg.model.hf.sliding_window
+        return window is not None and self.cfg.train.seq_len >= window
+
+    def _backend_with(self, mask: Tensor | None) -> AttentionBackend:
+        """The kernel of a layer that is given this mask."""
+        return self.backend if mask is None or self.backend is AttentionBackend.EAGER else self.masked_backend
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gpt2: bool) -> tuple[Tensor, Tensor | None]:
         """attention_interface(...): the output and, from eager attention, the weights."""
-        dropout = self.cfg.model.dropout
-        if mask is not None:
+        dropout, backend = self.cfg.model.dropout, self._backend_with(mask)
+        if mask is not None and backend is AttentionBackend.EAGER:
             return eager_attention(self.ops, q, k, v, mask, self.shape, dropout, gpt2)
-        y = autocast_attention(self.ops, q, k, v, self.shape, self.backend, dropout)
-        return contiguous(self.ops, y, self.shape, self.backend), None
+        if mask is not None:
+            return masked_attention(self.ops, q, k, v, self.shape, backend, dropout), None
+        y = autocast_attention(self.ops, q, k, v, self.shape, backend, dropout)
+        return contiguous(self.ops, y, self.shape, backend), None
 
-    def _hf_blocks(self, first: list[Tensor], *extra: Tensor | None) -> Tensor:
+    def _hf_blocks(self, first: list[Tensor], masks: Masks, *extra: Tensor | None) -> Tensor:
         """All blocks over the one tensor in ``first``, which is taken out: the loop's own variable holds it.
 
-        ``extra`` (position ids, mask, rotary tables) reach the blocks as keyword arguments.
+        One of the masks and ``extra`` (position ids, rotary tables) reach the blocks as keyword arguments.
         """
         hooks, prefix = self.hooks, blocks_prefix(self.cfg.model)
         x = first.pop()
         for i in range(self.cfg.model.num_layers):
-            run = partial(self.layer, i, *extra)
+            mask = masks.sliding if self.cfg.model.hf.slides(i) else masks.full
+            run = partial(self.layer, i, mask, *extra)
             x = hooks.wrap_input(i, x)
             hooks.pre_forward(i)
             y = hooks.enter(f"{prefix}.{i}", x)
@@ -94,7 +126,7 @@ class HFDecoder(Decoder):
         return x
 
     def layer(self, i: int, *arguments: Any) -> Tensor:
-        """Block i: the extras, then its input."""
+        """Block i: its mask, the extras, then its input."""
         raise NotImplementedError
 
     def model(self) -> Tensor:

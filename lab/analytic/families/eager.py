@@ -1,26 +1,19 @@
-"""transformers' eager_attention_forward and the additive mask it takes (masking_utils.eager_mask)."""
+"""transformers' eager_attention_forward."""
 
 from __future__ import annotations
 
 from lab.analytic.attention_shape import AttentionShape
-from lab.analytic.attention_written_out import contiguous_copy, lies_across, matmul, repeat_kv, softmax, softmax_in_fp32
+from lab.analytic.attention_written_out import (
+    contiguous_copy,
+    expanded_kv,
+    lies_across,
+    matmul,
+    repeat_kv,
+    softmax,
+    softmax_in_fp32,
+)
 from lab.analytic.ops import Ops
-from lab.analytic.tape import BOOL, INT64, Tensor
-
-
-def make_mask(ops: Ops, a: AttentionShape, size: int) -> Tensor:
-    """[b, 1, s, s] in the hidden states' type: 0 where a token may look, the type's minimum elsewhere."""
-    held = [ops.new(a.b, INT64, "mask indices"), ops.new(1, INT64, "mask indices")]
-    for _ in range(2):
-        plain = ops.new(a.s, INT64, "mask indices")
-        held.append(ops.new(a.s, INT64, "mask indices"))
-        del plain
-    allowed = ops.new(a.s * a.s, BOOL, "causal mask")
-    del held
-    zero = ops.new(1, size, "mask zero")
-    mask = ops.new(a.b * a.s * a.s, size, "additive causal mask")
-    del zero, allowed
-    return mask
+from lab.analytic.tape import Tensor
 
 
 def eager_attention(
@@ -33,7 +26,7 @@ def eager_attention(
     """
     query_size, value_size = q.itemsize, v.itemsize
     if a.n != a.k:
-        repeat = _expanded if a.k == 1 else repeat_kv
+        repeat = expanded_kv if a.k == 1 else repeat_kv
         k, v = repeat(ops, k, a, "key"), repeat(ops, v, a, "value")
     weights = _heads_product(ops, q, k, a.weights_numel, "attention scores", a)
     weights = ops.unary(weights, "scaled scores", False, "scaled scores gradient")
@@ -50,12 +43,6 @@ def eager_attention(
         weights = ops.dropout(weights, "attention dropout")
     out = _heads_product(ops, weights, v, a.q_numel, "attention output", a, whole_x=True)
     return (contiguous_copy(ops, out, "attention output") if a.n > 1 else out), weights
-
-
-def _expanded(ops: Ops, x: Tensor, a: AttentionShape, label: str) -> Tensor:
-    """repeat_kv of a single head: a view without a copy; backward sums the query heads' gradients."""
-    kv, size, tape = a.kv_numel, x.itemsize, ops.tape
-    return x.view(a.q_numel, tape.node([x], lambda _: [tape.new(kv, size, label + " summed gradient")]))
 
 
 def _heads_product(

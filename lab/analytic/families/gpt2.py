@@ -7,6 +7,7 @@ from typing import Any
 from lab.analytic.attention import in_heads
 from lab.analytic.families.base import HFDecoder
 from lab.analytic.families.inventory import PREFIX, blocks_prefix, embedding_module
+from lab.analytic.families.masks import Masks
 from lab.analytic.families.pieces import conv1d, gelu_new
 from lab.analytic.tape import Tensor
 from lab.vocab import AttentionBackend
@@ -39,16 +40,16 @@ class GPT2(HFDecoder):
         position = self._embedding(f"{name}.wpe", self.cfg.train.seq_len, positions)
         several = self.cfg.train.micro_batch_size > 1  # one sequence is as large as its positions
         x = self.ops.add(embedded, position, "embedding sum", broadcast=several)
-        mask = self._mask(embedded.itemsize)
+        masks = Masks(self._mask(embedded.itemsize))
         first = [self._drop(x, f"{name}.drop", "embedding dropout", hf.embedding_dropout)]
         del x
-        x = self._hf_blocks(first, positions, mask)
+        x = self._hf_blocks(first, masks, positions)
         x = self._layer_norm(x, f"{name}.ln_f")
-        del embedded, position, positions, mask  # local variables of GPT2Model.forward
+        del embedded, position, positions, masks  # local variables of GPT2Model.forward
         return self.hooks.leave(name, x)
 
     def layer(self, i: int, *arguments: Any) -> Tensor:
-        _, mask, x = arguments
+        mask, _, x = arguments
         b = f"{blocks_prefix(self.cfg.model)}.{i}"
         y = self._layer_norm(x, f"{b}.ln_1")
         attended, weights = self._attended(y, mask, f"{b}.attn")

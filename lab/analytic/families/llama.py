@@ -10,6 +10,7 @@ from typing import Any
 from lab.analytic.attention import heads_first
 from lab.analytic.families.base import HFDecoder
 from lab.analytic.families.inventory import PREFIX, blocks_prefix, embedding_module
+from lab.analytic.families.masks import Masks
 from lab.analytic.families.pieces import apply_rotary, gelu_new, gemma_rmsnorm, reshaped, rmsnorm, times_constant
 from lab.analytic.tape import FP32, Tensor
 from lab.vocab import MemoryCategory, Precision
@@ -28,13 +29,23 @@ class Llama(HFDecoder):
         self.hooks.enter_source(name)
         x = self._require_gradient(self._embed())
         positions = self._positions()
-        mask = self._mask(x.itemsize)
+        masks = self._masks(x.itemsize)
         self.hooks.enter_source(f"{name}.rotary_emb")
         cos, sin = self._rotary(x.itemsize)
-        y = self._hf_blocks([x], positions, mask, cos, sin)  # inputs_embeds stays a local variable
+        y = self._hf_blocks([x], masks, positions, cos, sin)  # inputs_embeds stays a local variable
         y = self._rms(y, f"{name}.norm", self.rows)
-        del positions, mask, cos, sin, x
+        del positions, masks, cos, sin, x
         return self.hooks.leave(name, y)
+
+    def _masks(self, size: int) -> Masks:
+        """Mistral makes one mask for all layers; Qwen one for full layers, used or not, and one for sliding ones."""
+        model = self.cfg.model
+        if model.family == "mistral":
+            mask = self._mask(size, sliding=model.hf.sliding_window is not None)
+            return Masks(mask, mask)
+        full = self._mask(size)
+        slide = any(model.hf.slides(i) for i in range(model.num_layers))
+        return Masks(full, self._mask(size, sliding=True) if slide else None)
 
     def _embed(self) -> Tensor:
         x = self._embedding(embedding_module(self.cfg.model), self.rows)
@@ -67,7 +78,7 @@ class Llama(HFDecoder):
         return narrow
 
     def layer(self, i: int, *arguments: Any) -> Tensor:
-        _, mask, cos, sin, x = arguments
+        mask, _, cos, sin, x = arguments
         b = f"{blocks_prefix(self.cfg.model)}.{i}"
         y = self._rms(x, f"{b}.input_layernorm", self.rows)
         y, weights = self._self_attention(y, mask, cos, sin, f"{b}.self_attn")
@@ -97,7 +108,8 @@ class Llama(HFDecoder):
         q = self._head_projection(x, f"{prefix}.q_proj", "query", a.n)
         k = self._head_projection(x, f"{prefix}.k_proj", "key", a.k)
         v = self._linear(x, f"{prefix}.v_proj", "value")
-        if (mask is not None or heads_first(ops, a, self.backend)) and a.k > 1:
+        repeated = mask is not None and a.n != a.k  # the heads' summed gradient lies head by head
+        if (repeated or heads_first(ops, a, self._backend_with(mask))) and a.k > 1:
             v = reshaped(ops, v, "value")
         turned = apply_rotary(ops, q, cos, sin, "query"), apply_rotary(ops, k, cos, sin, "key")
         q, k = turned

@@ -21,16 +21,18 @@ class TrainerDecoder(HFDecoder):
 
     begun = False  # a forward has run
 
-    def _check_packed(self) -> None:
-        """A mask without padding is made bool, found to be all ones and dropped; without one, as everywhere."""
+    def _padding(self) -> Tensor | None:
+        """A mask without padding is made bool each time that a mask is asked for; without one, as everywhere."""
         if not self.cfg.engine.attention_mask:
-            super()._check_packed()
-            return
-        mask = self.ops.new(self.rows, BOOL, "attention mask, bool")
+            return super()._padding()
+        return self.ops.new(self.rows, BOOL, "attention mask, bool")
+
+    def _is_all_ones(self, padding: Tensor) -> None:
+        """It is, and is dropped."""
         total = self.ops.new(1, INT64, "sum of the mask")
         self.ops.new(self.rows, INT64, "attention mask, int64")
         self.ops.new(1, BOOL, "mask without padding")
-        del total, mask
+        del total
 
     def _embedding(self, name: str, rows: int, indices: Tensor | None = None) -> Tensor:
         x = super()._embedding(name, rows, indices)
