@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lab.analytic.attention_fused import fused
 from lab.analytic.attention_shape import AttentionShape, pads_heads
 from lab.analytic.attention_written_out import contiguous_copy, eager, math, repeat_kv
@@ -22,14 +24,14 @@ def in_heads(
 
     ``query_last``: the model views the query after key and value (GPT-2); backward comes to it first then.
     """
-    if not heads_first(ops, a, backend):
-        return q, k, v
-    if a.n > 1 and not query_last:  # a single head lies as its Linear's output does
+    by_head = heads_first(ops, a, backend)
+    if by_head and a.n > 1 and not query_last:  # a single head lies as its Linear's output does
         q = ops.gradient_as_rows(q, "query")
-    if a.k > 1:
-        k = ops.gradient_as_rows(k, "key") if a.n != a.k or backend not in WRITTEN_OUT else k
+    # Repeated heads' gradients are summed; the kernel that takes them repeated leaves [b, k, s, d] of that.
+    if a.k > 1 and (by_head or (backend is AttentionBackend.MEM_EFFICIENT and a.n != a.k)):
+        k = k if backend in WRITTEN_OUT and a.n == a.k else ops.gradient_as_rows(k, "key")
         v = ops.gradient_as_rows(v, "value")
-    if a.n > 1 and query_last:
+    if by_head and a.n > 1 and query_last:
         q = ops.gradient_as_rows(q, "query")
     return q, k, v
 
@@ -51,8 +53,6 @@ def attention(
     if backend in WRITTEN_OUT:
         run = eager if backend is AttentionBackend.EAGER else math
         return run(ops, q, k, v, a, dropout)
-    if backend is AttentionBackend.MEM_EFFICIENT and a.n != a.k:
-        k, v = repeat_kv(ops, k, a, "key"), repeat_kv(ops, v, a, "value")
     return fused(ops, q, k, v, a, backend, dropout)
 
 
@@ -62,13 +62,19 @@ def autocast_attention(
     """``attention`` of what autocast makes of q, k and v; the caller's stay as they are.
 
     They are in the autocast type already behind plain Linears; quantized ones give back their input's type. Eager
-    attention is no one call: each of its products casts for itself.
+    attention is no one call: each of its products casts for itself. Heads that the memory-efficient kernel needs
+    repeated are so before its call, and stay until it returns.
     """
+    if backend is AttentionBackend.MEM_EFFICIENT and a.n != a.k:
+        k, v, a = repeat_kv(ops, k, a, "key"), repeat_kv(ops, v, a, "value"), replace(a, k=a.n)
+    held = [k, v]
     if ops.amp is not None and backend is not AttentionBackend.EAGER:
         v, k, q = (  # the arguments of a C++ call, from the last to the first
             ops.cast(t, ops.amp, f"{name}, autocast copy") for t, name in ((v, "value"), (k, "key"), (q, "query"))
         )
-    return attention(ops, q, k, v, a, backend, dropout)
+    y = attention(ops, q, k, v, a, backend, dropout)
+    del k, q, v, held
+    return y
 
 
 def contiguous(ops: Ops, y: Tensor, a: AttentionShape, backend: AttentionBackend, padded_too: bool = True) -> Tensor:

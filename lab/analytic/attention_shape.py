@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from lab.vocab import AttentionBackend, Precision
 
+CUDNN_WIDEST = 256  # elements per head, on sm_90; check_cudnn_tensor_shapes
+
 
 @dataclass(frozen=True)
 class AttentionShape:
@@ -36,7 +38,7 @@ def choose_backend(
     """The kernel that ``auto`` stands for.
 
     CUDA, torch 2.11 on sm_90 (sdp_utils.cpp, priority cuDNN, flash, memory-efficient, math): cuDNN for half precision
-    with head_dim up to 128 and a multiple of 8, and more than one token; flash for half precision up to 256;
+    with head_dim up to 256 and a multiple of 8, and more than one token; flash for half precision up to 256;
     memory-efficient without grouped heads, head_dim a multiple of 16 bytes (minimum_gemm_alignment); else math. CPU
     (sdp_utils_cpp.cpp): flash without dropout, else math.
     """
@@ -45,7 +47,7 @@ def choose_backend(
     if device_type == "cpu":
         return AttentionBackend.MATH if dropout else AttentionBackend.FLASH
     half = precision is not Precision.FP32
-    if half and shape.d % 8 == 0 and shape.d <= 128 and shape.s > 1:
+    if half and shape.d % 8 == 0 and shape.d <= CUDNN_WIDEST and shape.s > 1:
         return AttentionBackend.CUDNN
     if half and shape.d <= 256:
         return AttentionBackend.FLASH
@@ -72,7 +74,7 @@ def choose_masked_backend(
         return asked
     if device_type == "cpu":
         return AttentionBackend.MATH if dropout else AttentionBackend.FLASH
-    if precision is not Precision.FP32 and shape.d % 8 == 0 and shape.d <= 128:
+    if precision is not Precision.FP32 and shape.d % 8 == 0 and shape.d <= CUDNN_WIDEST and shape.s > 1:
         return AttentionBackend.CUDNN
     return AttentionBackend.MEM_EFFICIENT if takes_heads(precision, shape.d) else AttentionBackend.MATH
 

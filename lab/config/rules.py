@@ -142,9 +142,9 @@ def _half_precision_attention(cfg: RunConfig) -> None:
         )
     if backend is AttentionBackend.FLASH and head_dim > 256:
         raise ConfigError("attention", backend.value, f"needs model.head_dim up to 256, not {head_dim}")
-    if backend is AttentionBackend.CUDNN and (head_dim > 128 or head_dim % 8):
+    if backend is AttentionBackend.CUDNN and (head_dim > 256 or head_dim % 8):
         raise ConfigError(
-            "attention", backend.value, f"needs model.head_dim up to 128 and a multiple of 8, not {head_dim}"
+            "attention", backend.value, f"needs model.head_dim up to 256 and a multiple of 8, not {head_dim}"
         )
 
 

@@ -65,6 +65,7 @@ class AccelerateFSDP(FSDP):
         return self.carving.unit_of(spec)
 
     def build(self) -> None:
+        held: list[Tensor] = []  # fsdp2_prepare_model's variables input_weight and output_weight, to its end
         order = [u for u in self.carving.shard_order if any(self.unit_of(s) == u for s in self.specs)]
         if not self.tape.trace.on_device_kernels:  # every unit has a mesh of its own, an int32 tensor
             self.kept += [self.tape.new(self.world, 4, "device mesh") for _ in order]
@@ -72,9 +73,11 @@ class AccelerateFSDP(FSDP):
             members = [s for s in self.specs if self.unit_of(s) == index]
             category = MemoryCategory.PARAMETERS
             whole = [self.tape.new(s.numel, self.itemsize_of(s), f"whole {s.name}", category) for s in members]
-            for spec in members:
+            for spec, tensor in zip(members, whole, strict=True):
                 self.add_shard(spec)
-            del whole
+                if spec.name in self.carving.looked_at:
+                    held.append(tensor)
+            del whole, tensor
 
     def reshards(self, unit: int) -> bool:
         return unit != self.carving.tail and super().reshards(unit)

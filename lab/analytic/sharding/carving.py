@@ -16,6 +16,7 @@ class Carving:
     """Which unit holds a parameter; -1 is the root, a block's unit its index, and two more follow the blocks.
 
     ``first`` and ``last``: modules whose call opens and ends a unit's forward (_register_group_forward_hooks).
+    ``looked_at``: weights of the embeddings, input and output, by which it sees whether they are tied.
     ``units``: in the order of named_modules, as the root's final callback comes to them.
     """
 
@@ -26,10 +27,12 @@ class Carving:
         self.members = dict(self.first)
         self.units, self.shard_order = [-1, *blocks, count], [*blocks, count, -1]
         self.zero_order = self.shard_order  # the root's gradients go with the last parameter, the head
+        self.looked_at: tuple[str, ...] = ()
         if model.family == "lab":
             return
         norm = f"{PREFIX}transformer.ln_f" if model.family == "gpt2" else f"{PREFIX}model.norm"
         embedding, head, apart = embedding_module(model), f"{PREFIX}lm_head", count + 1
+        self.looked_at = (f"{embedding}.weight", f"{head}.weight")
         if model.tied_head:
             self.first, self.last, self.members = {embedding: count}, {head: count}, {embedding: count, norm: count}
             self.units, self.zero_order = [-1, count, *blocks], [-1, *blocks, count]
