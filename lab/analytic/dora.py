@@ -98,7 +98,7 @@ def _operand(ops: Ops, layer: DoraLayer, weight: Tensor) -> Parameter:
     shape = (layer.out_features, layer.in_features)
     accumulator = Accumulator(name)
 
-    def hold() -> None:
+    def hold(_: str) -> None:
         grad, accumulator.grad = accumulator.grad, None
         assert grad is not None
         grad.storage.move(MemoryCategory.ACTIVATIONS)  # nobody's gradient

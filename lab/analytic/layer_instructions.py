@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lab.analytic.segments import Segment
 from lab.analytic.tape import Storage, Tensor, Trace
 from lab.vocab import MemoryCategory
+
+if TYPE_CHECKING:
+    from lab.analytic.gradients import Kept
 
 
 class Unrecordable(Exception):
@@ -43,6 +46,14 @@ class Value:
             tensor.itemsize,
             tensor.has_base,
         )
+
+
+    def adopt(self, trace: Trace, first: int, label: str) -> Tensor:
+        """The tensor whose bytes the recording has allocated, of a block whose storages are numbered from ``first``."""
+        storage = Storage.adopted(trace, first + self.ident, self.nbytes, self.size, self.category, label)
+        tensor = Tensor(storage, self.numel, self.itemsize)
+        tensor.has_base = self.has_base
+        return tensor
 
 
 @dataclass(slots=True)
@@ -127,6 +138,7 @@ class Recording:
     merged: dict[str, list[Instruction]] = field(default_factory=dict)  # see lab.analytic.layer_merging
     backward_placed: bool = False  # are its segments in the trace?
     arrivals: dict[str, Play] = field(default_factory=dict)  # of PASSED_ON gradients, by parameter
+    kept: Kept | None = None  # of KEPT gradients, what they are like together
 
 
 class Incoming(NamedTuple):

@@ -114,7 +114,7 @@ class _ScratchAccumulator(Accumulator):
         super().__init__(name)
         self.suffix, self.trace = suffix, trace
 
-    def _accumulate(self, grads: Grads) -> Grads:
+    def backward(self, grads: Grads) -> Grads:
         assert grads[0] is not None
         self.trace.note(Gradient(self.suffix, Value.of(grads[0])))
         grads[0] = None

@@ -16,6 +16,7 @@ from collections.abc import Hashable, Sequence
 from sys import getrefcount
 
 from lab.analytic.decoder import Decoder
+from lab.analytic.gradients import Kept, KeptTogether
 from lab.analytic.layer_instructions import (
     Gradient,
     Hold,
@@ -34,9 +35,9 @@ from lab.analytic.layer_recording import record
 from lab.analytic.layer_rounds import RoundRecorder
 from lab.analytic.ops import Parameter
 from lab.analytic.segments import Segment
-from lab.analytic.sharding.base import KEPT, Rule
+from lab.analytic.sharding.base import KEPT
 from lab.analytic.step import Replay
-from lab.analytic.tape import SEGMENT, Grads, Node, Storage, Tensor
+from lab.analytic.tape import SEGMENT, Grads, Node, Tensor
 from lab.config import RunConfig
 
 FORWARD, BACKWARD = "forward", "backward"
@@ -94,8 +95,9 @@ def repeat_layers(replay: Replay, known: Known | None = None) -> None:
 def dismantle(replay: Replay) -> None:
     """Take apart what refers to itself in a replay that is over, so that it goes without the garbage collector."""
     replay.decoder.call = None
-    for parameter in replay.rule.parameters.values():
-        parameter.accumulator.on_grad = parameter.accumulator.backward = None
+    if replay.rule.told:
+        for parameter in replay.rule.parameters.values():
+            parameter.accumulator.on_grad = None
 
 
 class _Layer:
@@ -138,7 +140,6 @@ class Layers:
             )
             for m in self.members
         ]
-        self.told = type(self.rule).grad_ready is not Rule.grad_ready
         # Workspaces are taken for good: in forward by the first block; in backward by the head, but for those that a
         # recomputation takes first, which is the last checkpointed block's.
         self.first_pass = True
@@ -229,7 +230,7 @@ class Layers:
         recording, members = layer.recording, self.members[layer.index]
         parameters = [members[name] for name, _ in recording.gradients]
         arrival = self.rule.quiet_gradients(layer.index)
-        missing = [p.accumulator.grad is None for p in parameters]
+        missing = [not p.accumulator.has_grad for p in parameters]
         if arrival is not None:
             if not all(missing):
                 arrival = LATER if arrival is KEPT and not any(missing) else None
@@ -243,11 +244,20 @@ class Layers:
             recording.merged[arrival] = merged_backward(recording, arrival)
             self._place(recording.merged[arrival])
         self._run_with_hooks(layer, recording.merged[arrival], None, arrival)
-        if arrival is FIRST:
-            for name, value in recording.gradients:
-                members[name].accumulator.grad = self._adopt(value, layer)
-        if self.told:
+        if arrival is FIRST and parameters:
+            self._keep_together(layer)
+        if self.rule.told:
             self.rule.grads_ready(parameters)
+
+    def _keep_together(self, layer: _Layer) -> None:
+        """The parameters' gradients, in the model's order."""
+        members, of = self.members[layer.index], dict(layer.recording.gradients)
+        names = [name for name in members if name in of]
+        accumulators = [members[name].accumulator for name in names]
+        kind = layer.recording.kept
+        if kind is None:
+            kind = layer.recording.kept = Kept([of[name] for name in names], layer.recording.module)
+        KeptTogether(self.trace, kind, layer.first, layer.module, accumulators)
 
     def _run_unmerged(self, layer: _Layer, parameters: list[Parameter], loud: int | None) -> None:
         """``loud``: at this gradient alone the strategy has something to do; of those before it is told first."""
@@ -309,9 +319,7 @@ class Layers:
                 if step.parameter in passed_on:
                     play((SEGMENT, first, passed_on[step.parameter].segment.place, module, "", 0))
                     continue
-                run = members[step.parameter].accumulator.backward
-                assert run is not None
-                run([self._adopt(step.value, layer)])
+                members[step.parameter].accumulator.backward([self._adopt(step.value, layer)])
             elif isinstance(step, Outer):
                 self._outer(layer, step, x)
 
@@ -345,9 +353,4 @@ class Layers:
         label = layer.names.get(value.label)
         if label is None:
             label = layer.names[value.label] = layer.renamed(value.label)
-        storage = Storage.adopted(
-            self.trace, layer.first + value.ident, value.nbytes, value.size, value.category, label
-        )
-        tensor = Tensor(storage, value.numel, value.itemsize)
-        tensor.has_base = value.has_base
-        return tensor
+        return value.adopt(self.trace, layer.first, label)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable
 from sys import getrefcount
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lab.vocab import MemoryCategory
 
@@ -161,6 +161,7 @@ class Tensor:
         return Tensor(self.storage, self.numel if numel is None else numel, self.itemsize, node, slot)
 
 
+_NOTHING: list[Any] = []
 Grads = list["Tensor | None"]
 Backward = Callable[[Grads], Grads]
 Validate = Callable[[Grads], None]
@@ -203,22 +204,49 @@ class Node:
             tape.save(self, tensor)
 
 
-class Accumulator(Node):
-    """AccumulateGrad of one parameter: takes its gradient over, then calls ``on_grad``."""
+class Together(Protocol):
+    """Gradients of several parameters that came together (``lab.analytic.gradients``)."""
 
-    __slots__ = ("grad", "name", "on_grad")
+    def take_apart(self) -> None:
+        """Every one to its accumulator."""
+
+
+class Accumulator(Node):
+    """AccumulateGrad of one parameter: takes its gradient over, then calls ``on_grad`` with the parameter's name.
+
+    ``together``: where the gradient is kept until somebody asks for it by itself.
+    """
+
+    __slots__ = ("_grad", "name", "on_grad", "together")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.seq = 1 << 62  # UINT64_MAX there: runs as soon as it is ready
-        self.edges = []
-        self.saved, self.unpack, self.validate = [], None, None
-        self.backward = self._accumulate
-        self.num_slots, self.buffer, self.deps, self.hooks, self.attributes = 1, None, 0, None, None
-        self.grad: Tensor | None = None
-        self.on_grad: Callable[[], None] | None = None
+        self.edges = self.saved = _NOTHING
+        self.unpack = self.validate = self.buffer = self.hooks = self.attributes = None
+        self.num_slots, self.deps = 1, 0
+        self._grad: Tensor | None = None
+        self.together: Together | None = None
+        self.on_grad: Callable[[str], None] | None = None
 
-    def _accumulate(self, grads: Grads) -> Grads:
+    @property
+    def grad(self) -> Tensor | None:
+        if self.together is not None:
+            self.together.take_apart()
+        return self._grad
+
+    @grad.setter
+    def grad(self, grad: Tensor | None) -> None:
+        if self.together is not None:
+            self.together.take_apart()
+        self._grad = grad
+
+    @property
+    def has_grad(self) -> bool:
+        """Without taking it apart from others."""
+        return self._grad is not None or self.together is not None
+
+    def backward(self, grads: Grads) -> Grads:
         if self.grad is None:
             grad = grads[0]
             assert grad is not None
@@ -227,7 +255,7 @@ class Accumulator(Node):
             del grad
         grads[0] = None
         if self.on_grad is not None:
-            self.on_grad()
+            self.on_grad(self.name)
         return []
 
 

@@ -45,7 +45,7 @@ class TrainerDecoder(HFDecoder):
         accumulator = leaf.node
         assert isinstance(accumulator, Accumulator)
 
-        def hold() -> None:
+        def hold(_: str) -> None:
             assert accumulator.grad is not None
             accumulator.grad.storage.move(MemoryCategory.ACTIVATIONS)  # no parameter's
             tape.held_by_graph += [x, accumulator.grad]

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from lab.analytic.architecture import ParameterSpec
 from lab.analytic.dora import MAGNITUDE
+from lab.analytic.gradients import let_go
 from lab.analytic.layer_instructions import Hook, Pass
 from lab.analytic.make_optimizer import make_optimizer
 from lab.analytic.ops import Parameter, Quantized
@@ -45,6 +46,8 @@ class Rule:
     def __init__(self, cfg: RunConfig, tape: Tape, specs: list[ParameterSpec]) -> None:
         self.cfg, self.tape, self.specs = cfg, tape, specs
         self.trained = [s for s in specs if s.trainable]
+        self.spec_of = {s.name: s for s in specs}
+        self.told = type(self).grad_ready is not Rule.grad_ready  # of gradients
         self.quantizer = Quantizer(tape, cfg.quantization, cfg.hardware.num_streaming_multiprocessors)
         self.world = cfg.world_size
         self.half = cfg.precision.kind is not Precision.FP32
@@ -121,9 +124,18 @@ class Rule:
     def add_parameter(self, spec: ParameterSpec, tensor: Tensor, quantized: Quantized | None = None) -> Parameter:
         accumulator = Accumulator(spec.name)
         parameter = Parameter(spec.name, spec.shape, tensor, accumulator, spec.trainable, quantized)
-        accumulator.on_grad = lambda: self.grad_ready(spec, parameter)
+        if self.told:
+            accumulator.on_grad = self._arrived
         self.parameters[spec.name] = parameter
         return parameter
+
+    def _arrived(self, name: str) -> None:
+        self.grad_ready(self.spec_of[name], self.parameters[name])
+
+    @cached_property
+    def trained_accumulators(self) -> list[Accumulator]:
+        """Of what is trained, in the model's order; once all is built."""
+        return [p.accumulator for p in self.parameters.values() if p.trainable]
 
     def start_step(self) -> None: ...
 
@@ -153,8 +165,7 @@ class Rule:
         return [s.shape for s in self.trained]
 
     def zero_grad(self) -> None:
-        for p in self.parameters.values():
-            p.accumulator.grad = None
+        let_go(self.trained_accumulators)
 
     # -- hooks around modules: nothing to do without sharding ------------------------------------
 
@@ -218,8 +229,7 @@ class Rule:
     def grads_ready(self, parameters: Sequence[Parameter]) -> None:
         """``grad_ready`` of each, where it is quiet (``quiet_gradients``); PASSED_ON ones may be gone by then."""
         for parameter in parameters:
-            if parameter.accumulator.on_grad is not None:
-                parameter.accumulator.on_grad()
+            self.grad_ready(self.spec_of[parameter.name], parameter)
 
 
 class DeepSpeedRule(Rule):

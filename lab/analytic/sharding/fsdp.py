@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from lab.analytic.architecture import ParameterSpec
+from lab.analytic.gradients import let_go_of_list
 from lab.analytic.ops import Parameter, Quantized
 from lab.analytic.quantization import packed_shape
 from lab.analytic.segments import Pairs, Together
@@ -246,9 +247,6 @@ class FSDP(Rule):
         foreach_reduce's loop variable holds the last parameter's whole gradient until it returns.
         """
         unit.reduced = True
-        grads = [p.accumulator.grad for _, p in unit.members]
-        for _, p in unit.members:
-            p.accumulator.grad = None
         self.free(unit)
         self.reduce_input = None
         if not unit.trained_numel:
@@ -259,8 +257,7 @@ class FSDP(Rule):
             size = self.compute_itemsize
         numel = unit.trained_numel * self.size
         self.reduce_input = self.tape.new(numel, size, "FSDP reduce-scatter input", COMM)
-        last = [g for g in grads if g is not None][-1:] if self.size > 1 else []
-        grads.clear()
+        last = let_go_of_list([p.accumulator for _, p in unit.members if p.trainable], keep_last=self.size > 1)
         self.tape.trace.stream = REDUCE_STREAM
         category = MemoryCategory.GRADIENTS
         output = self.tape.new(unit.trained_numel, size, "FSDP sharded gradient", category)

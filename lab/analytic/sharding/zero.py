@@ -57,7 +57,6 @@ class ZeroRule(DeepSpeedRule):
     def __init__(self, cfg: RunConfig, tape: Tape, specs: list[ParameterSpec]) -> None:
         super().__init__(cfg, tape, specs)
         self.options = cfg.parallel.zero
-        self.spec_of = {spec.name: spec for spec in self.trained}
         self.group = FlatGroup(self.trained, self.world, self.options.round_robin_gradients)
         self.partition = self.group.partition_numel
         self.trained_numel = [0] * cfg.model.num_layers  # of the blocks
