@@ -5,11 +5,17 @@ The lab's decoder is here, others are in ``families``.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import groupby
 from math import prod
+from operator import attrgetter
+from typing import NamedTuple
 
 from lab.config import ModelConfig
+
+_unit = attrgetter("unit")
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,30 @@ class ParameterSpec:
     @cached_property
     def numel(self) -> int:
         return prod(self.shape)
+
+
+class UnitSpecs(NamedTuple):
+    """Parameters of one unit that follow each other. ``block``: the module that has its like in every layer, or "".
+
+    ``kind``: equal where names inside the block, shapes, and all that says how a parameter is stored are.
+    """
+
+    block: str
+    specs: list[ParameterSpec]
+    kind: Hashable
+
+
+def by_unit(specs: Iterable[ParameterSpec]) -> list[UnitSpecs]:
+    """The same, cut where a unit begins or ends."""
+    found: list[UnitSpecs] = []
+    for unit, group in groupby(specs, key=_unit):
+        members = list(group)
+        before, inside, _ = members[0].name.partition(f".{unit}.")
+        block = f"{before}.{unit}" if inside else ""
+        start = len(block)
+        kind = tuple([(s.name[start:], s.shape, s.trainable, s.quantized, s.wide) for s in members])
+        found.append(UnitSpecs(block, members, kind))
+    return found
 
 
 def parameters(model: ModelConfig) -> list[ParameterSpec]:

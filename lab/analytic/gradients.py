@@ -73,7 +73,7 @@ def let_go(accumulators: Sequence[Accumulator]) -> None:
 
 
 def let_go_of_list(accumulators: Sequence[Accumulator], keep_last: bool) -> Tensor | None:
-    """As a list of them that is cleared, from the last to the first. ``keep_last``: but for the last, which is given."""
+    """As a list of them that is cleared, from the last to the first; with ``keep_last`` the last is given instead."""
     group = _group(accumulators, 0) if accumulators else None
     if group is not None and len(group.accumulators) == len(accumulators):
         last = group.tensor(len(accumulators) - 1) if keep_last else None

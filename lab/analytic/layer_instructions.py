@@ -47,7 +47,6 @@ class Value:
             tensor.has_base,
         )
 
-
     def adopt(self, trace: Trace, first: int, label: str) -> Tensor:
         """The tensor whose bytes the recording has allocated, of a block whose storages are numbered from ``first``."""
         storage = Storage.adopted(trace, first + self.ident, self.nbytes, self.size, self.category, label)
