@@ -48,13 +48,14 @@ class Simulation:
                     block = malloc(nbytes, stream, i)
                 live[ident] = block
                 block_bytes[ident] = block.size
-                if in_use and stream == in_use[0].stream:
+                if in_use and stream == in_use[0].pool.stream:
                     _join(allocator, in_use)
-            elif kind == FREE and stream == IN_USE:
-                in_use.append(live.pop(ident))
-                allocator.allocated_bytes -= in_use[-1].size
             elif kind == FREE:
-                release(live.pop(ident))
+                if stream == IN_USE:
+                    in_use.append(live.pop(ident))
+                    allocator.allocated_bytes -= in_use[-1].size
+                else:
+                    release(live.pop(ident))
             elif kind == EMPTY_CACHE:
                 allocator.empty_cache()
             elif kind == MARK and name == phase_mark(len(self.layouts), StepPhase.ZERO_GRAD, True):
