@@ -49,15 +49,15 @@ class UnitSpecs(NamedTuple):
 
 def by_unit(specs: Iterable[ParameterSpec]) -> list[UnitSpecs]:
     """The same, cut where a unit begins or ends."""
-    found: list[UnitSpecs] = []
-    for unit, group in groupby(specs, key=_unit):
-        members = list(group)
-        before, inside, _ = members[0].name.partition(f".{unit}.")
-        block = f"{before}.{unit}" if inside else ""
-        start = len(block)
-        kind = tuple([(s.name[start:], s.shape, s.trainable, s.quantized, s.wide) for s in members])
-        found.append(UnitSpecs(block, members, kind))
-    return found
+    return [unit_specs(list(group)) for _, group in groupby(specs, key=_unit)]
+
+
+def unit_specs(specs: list[ParameterSpec]) -> UnitSpecs:
+    """Parameters of one unit."""
+    before, inside, _ = specs[0].name.partition(f".{specs[0].unit}.")
+    block = f"{before}.{specs[0].unit}" if inside else ""
+    start = len(block)
+    return UnitSpecs(block, specs, tuple([(s.name[start:], s.shape, s.trainable, s.quantized, s.wide) for s in specs]))
 
 
 def parameters(model: ModelConfig) -> list[ParameterSpec]:

@@ -29,6 +29,7 @@ from lab.analytic.layer_instructions import (
     Recording,
     Unrecordable,
     Value,
+    Workspace,
 )
 from lab.analytic.layer_merging import FIRST, LATER, merged_backward, quiet_arrivals
 from lab.analytic.layer_recording import record
@@ -140,20 +141,11 @@ class Layers:
             )
             for m in self.members
         ]
-        # Workspaces are taken for good: in forward by the first block; in backward by the head, but for those that a
-        # recomputation takes first, which is the last checkpointed block's.
-        self.first_pass = True
         self.num_hook_storages = 2 * max(map(len, self.members)) if self.rule.module_hooks else 0  # of one pass
-        checkpointed = [i for i in range(len(self.members)) if self.decoder.checkpointed(i)]
-        self.takes_workspaces = {0, *checkpointed[-1:]}
 
     def call(self, i: int, x: Tensor) -> Tensor:
         """Block i's output."""
-        last = len(self.members) - 1
-        alone = self.tape.pack is not None or (self.first_pass and i in self.takes_workspaces)
-        recording = None if alone else self._recording(i, x)
-        if i == last:
-            self.first_pass = False
+        recording = None if self.tape.pack is not None else self._recording(i, x)
         if recording is None:
             return self.decoder.call_block(i, x)
         trace, layer = self.trace, _Layer(recording, i, self.trace.next_id, x, self.names[i])
@@ -179,7 +171,15 @@ class Layers:
                 self.recordings[key] = found
             except Unrecordable:
                 self.recordings[key] = None
-        return self.recordings[key]
+        known = self.recordings[key]
+        return known and self._settled(known)
+
+    def _settled(self, recording: Recording) -> Recording:
+        """Without the workspaces that it makes, once all are there."""
+        if not recording.workspaces or not recording.workspaces <= self.ops.workspaces.taken.keys():
+            return recording
+        self._place(recording.settled.forward)
+        return recording.settled
 
     def _place(self, instructions: Sequence[Instruction]) -> None:
         """Their segments into the trace."""
@@ -194,11 +194,9 @@ class Layers:
         # Held by `gradient` and getrefcount's argument; the storage by the tensor and the argument.
         if getrefcount(gradient) != 2 or getrefcount(gradient.storage) != 2:
             raise Unrecordable("the incoming gradient is held by others too")
-        recording = layer.recording
+        recording = layer.recording = self._settled(layer.recording)
         if Incoming.of(gradient) != recording.gradient:
             recording = layer.recording = self._with_gradient(layer, Incoming.of(gradient))
-        if not recording.needed_workspaces <= self.ops.workspaces.keys():
-            raise Unrecordable("a workspace is taken in backward")
         layer.gradient = gradient
         del gradient
         self._run_backward(layer)
@@ -322,6 +320,8 @@ class Layers:
                 members[step.parameter].accumulator.backward([self._adopt(step.value, layer)])
             elif isinstance(step, Outer):
                 self._outer(layer, step, x)
+            elif isinstance(step, Workspace):
+                self.ops.workspaces.take(step.key, step.nbytes)
 
     def _outer(self, layer: _Layer, step: Outer, x: Tensor | None) -> None:
         """Moved to another category, or let go of."""

@@ -50,6 +50,18 @@ class Parameter:
         )
 
 
+class Workspaces:
+    """What libraries keep for good, by library and thread: made when it is first needed."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+        self.taken: dict[str, Tensor] = {}
+
+    def take(self, key: str, nbytes: int) -> None:
+        if key not in self.taken:
+            self.taken[key] = self.tape.new(nbytes, 1, key, MemoryCategory.LIBRARY_WORKSPACES)
+
+
 @dataclass
 class BaseOps:
     """What the operations are made of, bound to one tape and one precision regime.
@@ -67,8 +79,11 @@ class BaseOps:
     half_is_fp16: bool = False  # what has 2 bytes per element is fp16, not bf16
     workspace_bytes: int = 0
     lt_workspace_bytes: int = 0
-    workspaces: dict[str, Tensor] = field(default_factory=dict)
+    workspaces: Workspaces = field(init=False)
     region: Region | None = None  # the checkpointed region being run
+
+    def __post_init__(self) -> None:
+        self.workspaces = Workspaces(self.tape)
 
     # -- helpers -----------------------------------------------------------------------------
 
@@ -99,8 +114,8 @@ class BaseOps:
             thread = "backward"
         for library, nbytes in (("cuBLAS", self.workspace_bytes), ("cuBLASLt", self.lt_workspace_bytes if lt else 0)):
             key = f"{library} workspace, {thread} thread"
-            if nbytes and key not in self.workspaces:
-                self.workspaces[key] = self.new(nbytes, 1, key, MemoryCategory.LIBRARY_WORKSPACES)
+            if nbytes:
+                self.workspaces.take(key, nbytes)
 
     def cast(self, x: Tensor, itemsize: int, label: str) -> Tensor:
         """x.to(dtype): nothing is kept; backward casts the gradient back."""
