@@ -35,12 +35,20 @@ class ParameterSpec:
     def numel(self) -> int:
         return prod(self.shape)
 
+    @cached_property
+    def block(self) -> str:
+        """The module that holds the parameter and has its like in every layer; "" for the root's."""
+        before, inside, _ = self.name.partition(f".{self.unit}.")
+        return f"{before}.{self.unit}" if inside else ""
+
+    @cached_property
+    def kind(self) -> Hashable:
+        """Equal where the name inside the block is, the shape, and all that says how the parameter is stored."""
+        return self.name[len(self.block) :], self.shape, self.trainable, self.quantized, self.wide
+
 
 class UnitSpecs(NamedTuple):
-    """Parameters of one unit that follow each other. ``block``: the module that has its like in every layer, or "".
-
-    ``kind``: equal where names inside the block, shapes, and all that says how a parameter is stored are.
-    """
+    """Parameters of one unit that follow each other; ``block`` and ``kind`` as theirs."""
 
     block: str
     specs: list[ParameterSpec]
@@ -54,10 +62,7 @@ def by_unit(specs: Iterable[ParameterSpec]) -> list[UnitSpecs]:
 
 def unit_specs(specs: list[ParameterSpec]) -> UnitSpecs:
     """Parameters of one unit."""
-    before, inside, _ = specs[0].name.partition(f".{specs[0].unit}.")
-    block = f"{before}.{specs[0].unit}" if inside else ""
-    start = len(block)
-    return UnitSpecs(block, specs, tuple([(s.name[start:], s.shape, s.trainable, s.quantized, s.wide) for s in specs]))
+    return UnitSpecs(specs[0].block, specs, tuple([s.kind for s in specs]))
 
 
 def parameters(model: ModelConfig) -> list[ParameterSpec]:

@@ -147,19 +147,17 @@ class Recording:
     backward_placed: bool = False  # are its segments in the trace?
     arrivals: dict[str, Play] = field(default_factory=dict)  # of PASSED_ON gradients, by parameter
     kept: Kept | None = None  # of KEPT gradients, what they are like together
-    _settled: Recording | None = None
-
-    @property
-    def settled(self) -> Recording:
-        """The same where all workspaces are there."""
-        if self._settled is None:
-            forward, backward = (without_workspaces(s, self.module) for s in (self.forward, self.backward))
-            fresh: dict[str, Any] = {"rounds": {}, "merged": {}, "arrivals": {}, "backward_placed": False}
-            self._settled = replace(self, forward=forward, backward=backward, workspaces=set(), **fresh)
-        return self._settled
+    settled: Recording | None = None  # the same where all workspaces are there
 
 
-def without_workspaces(instructions: Sequence[Instruction], module: str) -> list[Instruction]:
+def settled(recording: Recording) -> Recording:
+    """``Recording.settled``."""
+    forward, backward = (_without_workspaces(s, recording.module) for s in (recording.forward, recording.backward))
+    fresh: dict[str, Any] = {"rounds": {}, "merged": {}, "arrivals": {}, "backward_placed": False}
+    return replace(recording, forward=forward, backward=backward, workspaces=set(), **fresh)
+
+
+def _without_workspaces(instructions: Sequence[Instruction], module: str) -> list[Instruction]:
     """What the block does before and after one would be made is a single run of events then."""
     out: list[Instruction] = []
     for step in instructions:

@@ -30,6 +30,7 @@ from lab.analytic.layer_instructions import (
     Unrecordable,
     Value,
     Workspace,
+    settled,
 )
 from lab.analytic.layer_merging import FIRST, LATER, merged_backward, quiet_arrivals
 from lab.analytic.layer_recording import record
@@ -120,27 +121,38 @@ class _Layer:
         return name.replace(self.recording.module + ".", self.module + ".")
 
 
+class _Trained:
+    """A block's parameters with gradients, as those arrive; their accumulators and gradients in the model's order."""
+
+    __slots__ = ("accumulators", "gradients", "in_order", "parameters")
+
+    def __init__(self, gradients: list[tuple[str, Value]], members: dict[str, Parameter]) -> None:
+        self.gradients, of = gradients, dict(gradients)
+        self.parameters = [members[name] for name, _ in gradients]
+        self.accumulators = [p.accumulator for name, p in members.items() if name in of]
+        self.in_order = [of[name] for name in members if name in of]
+
+
 class Layers:
     """The decoder's blocks, by kind."""
 
     def __init__(self, replay: Replay, known: Known) -> None:
         self.decoder, self.ops, self.tape, self.trace = replay.decoder, replay.ops, replay.tape, replay.trace
         self.rule = replay.rule
-        self.members: list[dict[str, Parameter]] = [{} for _ in range(replay.cfg.model.num_layers)]
-        for name, parameter in replay.rule.parameters.items():
-            if name.startswith("blocks."):
-                index, suffix = name[7:].split(".", 1)
-                self.members[int(index)][suffix] = parameter
+        self.members: list[dict[str, Parameter]] = []
+        self.kinds: list[int] = []
+        for block, specs, kind in self.rule.unit_specs:
+            if block:
+                i, start, members = specs[0].unit, len(block) + 1, [self.rule.parameters[s.name] for s in specs]
+                assert i == len(self.members), "parameters of the blocks come block by block"
+                self.members.append({p.name[start:]: p for p in members})
+                key = kind, tuple([p.tensor.itemsize for p in members]), self.decoder.checkpointed(i)
+                self.kinds.append(known.kinds.setdefault(key, len(known.kinds)))
         self.names: list[dict[str, str]] = [
             {} for _ in self.members
         ]  # labels of one recording's, as the block has them
-        kinds, self.recordings = known.kinds, known.recordings
-        self.kinds = [
-            kinds.setdefault(
-                tuple((s, p.shape, p.trainable, p.quantized and p.quantized.kind) for s, p in m.items()), len(kinds)
-            )
-            for m in self.members
-        ]
+        self.recordings = known.recordings
+        self.trained: list[_Trained | None] = [None for _ in self.members]
         self.num_hook_storages = 2 * max(map(len, self.members)) if self.rule.module_hooks else 0  # of one pass
 
     def call(self, i: int, x: Tensor) -> Tensor:
@@ -161,12 +173,11 @@ class Layers:
         return y
 
     def _recording(self, i: int, x: Tensor) -> Recording | None:
-        members, incoming = self.members[i], Incoming.of(x)
-        sizes = tuple([p.tensor.itemsize for p in members.values()])
-        key = (self.kinds[i], sizes, self.decoder.checkpointed(i), incoming, x.node is None, self.ops.amp)
+        incoming = Incoming.of(x)
+        key = self.kinds[i], incoming, x.node is None, self.ops.amp
         if key not in self.recordings:
             try:
-                found = record(self.decoder, self.rule, i, members, incoming, x.node is not None)
+                found = record(self.decoder, self.rule, i, self.members[i], incoming, x.node is not None)
                 self._place(found.forward)
                 self.recordings[key] = found
             except Unrecordable:
@@ -178,7 +189,9 @@ class Layers:
         """Without the workspaces that it makes, once all are there."""
         if not recording.workspaces or not recording.workspaces <= self.ops.workspaces.taken.keys():
             return recording
-        self._place(recording.settled.forward)
+        if recording.settled is None:
+            recording.settled = settled(recording)
+            self._place(recording.settled.forward)
         return recording.settled
 
     def _place(self, instructions: Sequence[Instruction]) -> None:
@@ -225,8 +238,10 @@ class Layers:
 
     def _run_backward(self, layer: _Layer) -> None:
         """With the parameters' gradients one by one, or, where the strategy has nothing to do at them, together."""
-        recording, members = layer.recording, self.members[layer.index]
-        parameters = [members[name] for name, _ in recording.gradients]
+        recording, trained = layer.recording, self.trained[layer.index]
+        if trained is None or trained.gradients is not recording.gradients:
+            trained = self.trained[layer.index] = _Trained(recording.gradients, self.members[layer.index])
+        parameters = trained.parameters
         arrival = self.rule.quiet_gradients(layer.index)
         missing = [not p.accumulator.has_grad for p in parameters]
         if arrival is not None:
@@ -243,19 +258,11 @@ class Layers:
             self._place(recording.merged[arrival])
         self._run_with_hooks(layer, recording.merged[arrival], None, arrival)
         if arrival is FIRST and parameters:
-            self._keep_together(layer)
+            if recording.kept is None:
+                recording.kept = Kept(trained.in_order, recording.module)
+            KeptTogether(self.trace, recording.kept, layer.first, layer.module, trained.accumulators)
         if self.rule.told:
             self.rule.grads_ready(parameters)
-
-    def _keep_together(self, layer: _Layer) -> None:
-        """The parameters' gradients, in the model's order."""
-        members, of = self.members[layer.index], dict(layer.recording.gradients)
-        names = [name for name in members if name in of]
-        accumulators = [members[name].accumulator for name in names]
-        kind = layer.recording.kept
-        if kind is None:
-            kind = layer.recording.kept = Kept([of[name] for name in names], layer.recording.module)
-        KeptTogether(self.trace, kind, layer.first, layer.module, accumulators)
 
     def _run_unmerged(self, layer: _Layer, parameters: list[Parameter], loud: int | None) -> None:
         """``loud``: at this gradient alone the strategy has something to do; of those before it is told first."""
