@@ -40,14 +40,18 @@ class KeptTogether:
 
     def tensor(self, index: int) -> Tensor:
         """One of them by itself; whoever asks owns it."""
-        value = self.kind.values[index]
-        return value.adopt(self.trace, self.first, value.label.replace(f"{self.kind.module}.", f"{self.module}."))
+        return self.kind.values[index].adopt(self.trace, self.first, self._labels[index])
+
+    @property
+    def _labels(self) -> list[str]:
+        return self.kind.freed(range(len(self.accumulators))).labels(self.module)
 
     def take_apart(self) -> None:
         """Every one to its accumulator."""
-        self._leave()
-        for index, accumulator in enumerate(self.accumulators):
-            accumulator.grad = self.tensor(index)
+        trace, first = self.trace, self.first
+        for accumulator, value, label in zip(self.accumulators, self.kind.values, self._labels, strict=True):
+            accumulator.together = None
+            accumulator.own = value.adopt(trace, first, label)
 
     def free(self, which: range) -> None:
         """Let go of these, in this order; of others whoever has asked for them is the owner."""
@@ -63,9 +67,9 @@ def let_go(accumulators: Sequence[Accumulator]) -> None:
     """Their gradients go, from the first to the last."""
     begin = 0
     while begin < len(accumulators):
-        group = _group(accumulators, begin)
+        group = group_at(accumulators, begin)
         if group is None:
-            accumulators[begin].grad = None
+            accumulators[begin].own = None
             begin += 1
         else:
             begin += len(group.accumulators)
@@ -74,23 +78,27 @@ def let_go(accumulators: Sequence[Accumulator]) -> None:
 
 def let_go_of_list(accumulators: Sequence[Accumulator], keep_last: bool) -> Tensor | None:
     """As a list of them that is cleared, from the last to the first; with ``keep_last`` the last is given instead."""
-    group = _group(accumulators, 0) if accumulators else None
+    group = group_at(accumulators, 0) if accumulators else None
     if group is not None and len(group.accumulators) == len(accumulators):
         last = group.tensor(len(accumulators) - 1) if keep_last else None
         group.free(range(len(accumulators) - (2 if keep_last else 1), -1, -1))
         return last
     grads = [a.grad for a in accumulators]
     for accumulator in accumulators:
-        accumulator.grad = None
+        accumulator.own = None
     last = next((g for g in reversed(grads) if g is not None), None) if keep_last else None
     grads.clear()
     return last
 
 
-def _group(accumulators: Sequence[Accumulator], begin: int) -> KeptTogether | None:
-    """Those that came together and that are the next in ``accumulators``, all of them in their order."""
+def group_at(accumulators: Sequence[Accumulator], begin: int) -> KeptTogether | None:
+    """Those that came together and that are the next in ``accumulators``, all of them in their order.
+
+    None: the next one's gradient is by itself from here on, or there is none.
+    """
     group = accumulators[begin].together
-    if isinstance(group, KeptTogether):
+    if group is not None:
+        assert isinstance(group, KeptTogether)
         if accumulators[begin : begin + len(group.accumulators)] == group.accumulators:
             return group
         group.take_apart()

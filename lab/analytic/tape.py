@@ -214,10 +214,10 @@ class Together(Protocol):
 class Accumulator(Node):
     """AccumulateGrad of one parameter: takes its gradient over, then calls ``on_grad`` with the parameter's name.
 
-    ``together``: where the gradient is kept until somebody asks for it by itself.
+    ``own``: the gradient; ``together``: where it is kept instead until somebody asks for it by itself.
     """
 
-    __slots__ = ("_grad", "name", "on_grad", "together")
+    __slots__ = ("name", "on_grad", "own", "together")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -225,7 +225,7 @@ class Accumulator(Node):
         self.edges = self.saved = _NOTHING
         self.unpack = self.validate = self.buffer = self.hooks = self.attributes = None
         self.num_slots, self.deps = 1, 0
-        self._grad: Tensor | None = None
+        self.own: Tensor | None = None
         self.together: Together | None = None
         self.on_grad: Callable[[str], None] | None = None
 
@@ -233,18 +233,18 @@ class Accumulator(Node):
     def grad(self) -> Tensor | None:
         if self.together is not None:
             self.together.take_apart()
-        return self._grad
+        return self.own
 
     @grad.setter
     def grad(self, grad: Tensor | None) -> None:
         if self.together is not None:
             self.together.take_apart()
-        self._grad = grad
+        self.own = grad
 
     @property
     def has_grad(self) -> bool:
         """Without taking it apart from others."""
-        return self._grad is not None or self.together is not None
+        return self.own is not None or self.together is not None
 
     def backward(self, grads: Grads) -> Grads:
         if self.grad is None:
