@@ -18,8 +18,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lab.analytic.accumulator import Accumulator
 from lab.analytic.ops import Ops, Parameter
-from lab.analytic.tape import Accumulator, Grads, Tensor, viewed
+from lab.analytic.tape import Grads, Tensor, viewed
 from lab.vocab import MemoryCategory
 
 MAGNITUDE = ".lora_magnitude_vector"

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lab.analytic.accumulator import Accumulator
 from lab.analytic.layer_instructions import Value
 from lab.analytic.segments import Segment
-from lab.analytic.tape import FREE, Accumulator, Tensor, Trace
+from lab.analytic.tape import FREE, Tensor, Trace
 
 
 class Kept:
@@ -98,7 +99,6 @@ def group_at(accumulators: Sequence[Accumulator], begin: int) -> KeptTogether | 
     """
     group = accumulators[begin].together
     if group is not None:
-        assert isinstance(group, KeptTogether)
         if accumulators[begin : begin + len(group.accumulators)] == group.accumulators:
             return group
         group.take_apart()

@@ -8,13 +8,14 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import dataclass
 
+from lab.analytic.accumulator import Accumulator
 from lab.analytic.decoder import Decoder
 from lab.analytic.layer_instructions import Gradient, Hold, Hook, Instruction, Pass, Unrecordable, Value, Workspace
 from lab.analytic.linears import Linears
 from lab.analytic.ops import Ops, Parameter
 from lab.analytic.ops_base import Workspaces
 from lab.analytic.sharding.base import Rule
-from lab.analytic.tape import Accumulator, Grads, Node, Storage, Tape, Tensor, Trace
+from lab.analytic.tape import Grads, Node, Storage, Tape, Tensor, Trace
 from lab.vocab import MemoryCategory
 
 NOTE = 100  # kind of an event that stands for an instruction; its second field is the index in ``notes``

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lab.analytic.accumulator import Accumulator
 from lab.analytic.reduce import column_partials
-from lab.analytic.tape import Accumulator, Grads, Node, Tape, Tensor
+from lab.analytic.tape import Grads, Node, Tape, Tensor
 from lab.vocab import MemoryCategory
 
 if TYPE_CHECKING:

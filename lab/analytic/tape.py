@@ -19,7 +19,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable
 from sys import getrefcount
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from lab.vocab import MemoryCategory
 
@@ -161,7 +161,6 @@ class Tensor:
         return Tensor(self.storage, self.numel if numel is None else numel, self.itemsize, node, slot)
 
 
-_NOTHING: list[Any] = []
 Grads = list["Tensor | None"]
 Backward = Callable[[Grads], Grads]
 Validate = Callable[[Grads], None]
@@ -175,6 +174,7 @@ class Node:
     locals of the node's function.
     """
 
+    is_leaf = False  # the accumulator of a parameter's gradient
     __slots__ = (
         *("__weakref__", "attributes", "backward", "buffer", "deps", "edges", "hooks", "num_slots", "saved", "seq"),
         *("unpack", "validate"),
@@ -202,61 +202,6 @@ class Node:
         self.validate = validate
         for tensor in saved:
             tape.save(self, tensor)
-
-
-class Together(Protocol):
-    """Gradients of several parameters that came together (``lab.analytic.gradients``)."""
-
-    def take_apart(self) -> None:
-        """Every one to its accumulator."""
-
-
-class Accumulator(Node):
-    """AccumulateGrad of one parameter: takes its gradient over, then calls ``on_grad`` with the parameter's name.
-
-    ``own``: the gradient; ``together``: where it is kept instead until somebody asks for it by itself.
-    """
-
-    __slots__ = ("name", "on_grad", "own", "together")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.seq = 1 << 62  # UINT64_MAX there: runs as soon as it is ready
-        self.edges = self.saved = _NOTHING
-        self.unpack = self.validate = self.buffer = self.hooks = self.attributes = None
-        self.num_slots, self.deps = 1, 0
-        self.own: Tensor | None = None
-        self.together: Together | None = None
-        self.on_grad: Callable[[str], None] | None = None
-
-    @property
-    def grad(self) -> Tensor | None:
-        if self.together is not None:
-            self.together.take_apart()
-        return self.own
-
-    @grad.setter
-    def grad(self, grad: Tensor | None) -> None:
-        if self.together is not None:
-            self.together.take_apart()
-        self.own = grad
-
-    @property
-    def has_grad(self) -> bool:
-        """Without taking it apart from others."""
-        return self.own is not None or self.together is not None
-
-    def backward(self, grads: Grads) -> Grads:
-        if self.grad is None:
-            grad = grads[0]
-            assert grad is not None
-            grad.storage.move(MemoryCategory.GRADIENTS)
-            self.grad = grad.view()
-            del grad
-        grads[0] = None
-        if self.on_grad is not None:
-            self.on_grad(self.name)
-        return []
 
 
 class Tape:
@@ -357,7 +302,7 @@ class Tape:
             while grads:  # a vector's elements go from the first to the last
                 grads.pop(0)
             del grads, run
-            if not isinstance(node, Accumulator):
+            if not node.is_leaf:
                 if node.attributes is not None:
                     self.held_by_graph += node.attributes
                 kept, node.saved = node.saved, []
@@ -383,7 +328,7 @@ class Tape:
 
     def _add(self, node: Node, slot: int, grad: Tensor) -> None:
         """InputBuffer::add for ``node``; a parameter's second gradient goes straight into the first."""
-        if isinstance(node, Accumulator) and node.buffer is None:
+        if node.is_leaf and node.buffer is None:
             node.buffer = [grad]
             return
         if node.buffer is None:

@@ -7,12 +7,13 @@ masking_utils.py (_preprocess_mask_arguments, _ignore_causal_mask_sdpa); acceler
 
 from __future__ import annotations
 
+from lab.analytic.accumulator import Accumulator
 from lab.analytic.families.base import HFDecoder
 from lab.analytic.families.gpt2 import GPT2
 from lab.analytic.families.inventory import PREFIX, embedding_module
 from lab.analytic.families.llama import Llama
 from lab.analytic.families.pieces import causal_lm_loss
-from lab.analytic.tape import BOOL, FP32, INT64, Accumulator, Tensor
+from lab.analytic.tape import BOOL, FP32, INT64, Tensor
 from lab.vocab import MemoryCategory
 
 

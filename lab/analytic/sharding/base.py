@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from functools import cached_property, partial
 
+from lab.analytic.accumulator import Accumulator
 from lab.analytic.architecture import ParameterSpec, by_unit
 from lab.analytic.dora import MAGNITUDE
 from lab.analytic.gradients import let_go
@@ -15,7 +16,7 @@ from lab.analytic.optimizers import Shape, clip_gradients
 from lab.analytic.quantization import Quantizer, compute_itemsize
 from lab.analytic.reduce import column_partials
 from lab.analytic.segments import Repeated
-from lab.analytic.tape import BF16, FP32, Accumulator, Event, Storage, Tape, Tensor, Trace
+from lab.analytic.tape import BF16, FP32, Event, Storage, Tape, Tensor, Trace
 from lab.config import RunConfig
 from lab.vocab import MemoryCategory, Precision
 
