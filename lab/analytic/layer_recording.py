@@ -3,8 +3,8 @@
 The recording runs the decoder's own code over stand-ins for the block's parameters, the strategy's hooks and the
 gradient that comes in. What the code does to memory is either the block's own affair, in an order that is the same in
 every layer (``Play`` of a ``Segment``), or it touches something outside the block: a hook of the strategy, the gradient
-of a parameter, the block's input, an autocast copy that the model's cache holds, a library's workspace. Each is an instruction
-that ``lab.analytic.layers`` carries out for real, at the same place in the order.
+of a parameter, the block's input, an autocast copy that the model's cache holds, a library's workspace. Each of those
+becomes an instruction that ``lab.analytic.layers`` carries out for real, at the same place in the order.
 
 Nothing is recorded (``Unrecordable``) of a block that changes a parameter for good, saves a tensor of the model's, or
 lets go of something in a way that has no instruction here. Such blocks are replayed operation by operation.
