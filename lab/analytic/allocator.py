@@ -14,7 +14,7 @@ off (on: lab/analytic/expandable.py). Sizes are in bytes. What it decides here:
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 
 from lab.analytic.driver import DriverAddresses
@@ -36,51 +36,55 @@ class OutOfMemory(Exception):
         self.event, self.request_bytes = event, request_bytes
 
 
-@dataclass(slots=True, eq=False)
-class Block:
-    """A piece of a segment. ``previous`` and ``next`` are its neighbours there."""
-
-    address: int
-    size: int
-    stream: int
-    small: bool
-    free: bool = True
-    previous: Block | None = None
-    next: Block | None = None
-    mapped: bool = True  # False: address space without memory, of an expandable segment
-
-
 _ADDRESS = 48  # bits of an address: a free block's key is its size, then its address
 
 
-@dataclass(slots=True)
+class Block:
+    """A piece of a segment. ``previous`` and ``next`` are its neighbours there; ``key`` its place in its pool."""
+
+    __slots__ = ("address", "free", "key", "mapped", "next", "pool", "previous", "size")
+
+    def __init__(
+        self, address: int, size: int, pool: Pool, previous: Block | None = None, after: Block | None = None
+    ) -> None:
+        self.address, self.size, self.pool, self.previous, self.next = address, size, pool, previous, after
+        self.free = self.mapped = True  # not mapped: address space without memory, of an expandable segment
+        self.key = -1
+
+    @property
+    def small(self) -> bool:
+        return self.pool.small
+
+
 class Pool:
     """Free blocks of one stream and kind, smallest first, the lowest address among equals."""
 
-    keys: list[int] = field(default_factory=list)
-    blocks: list[Block] = field(default_factory=list)
+    __slots__ = ("blocks", "keys", "small", "stream")
+
+    def __init__(self, stream: int, small: bool) -> None:
+        self.stream, self.small = stream, small
+        self.keys: list[int] = []  # in order
+        self.blocks: dict[int, Block] = {}  # by key
 
     def insert(self, block: Block) -> None:
-        key = block.size << _ADDRESS | block.address
-        i = bisect_left(self.keys, key)
-        self.keys.insert(i, key)
-        self.blocks.insert(i, block)
+        block.key = key = block.size << _ADDRESS | block.address
+        insort(self.keys, key)
+        self.blocks[key] = block
 
     def first_of(self, size: int) -> int:
         """Index of the first block of at least ``size`` bytes."""
         return bisect_left(self.keys, size << _ADDRESS)
 
     def take(self, index: int) -> Block:
-        del self.keys[index]
-        return self.blocks.pop(index)
+        return self.blocks.pop(self.keys.pop(index))
 
     def remove(self, block: Block) -> None:
-        i = bisect_left(self.keys, block.size << _ADDRESS | block.address)
-        del self.keys[i], self.blocks[i]
+        keys, key = self.keys, block.key
+        del keys[bisect_left(keys, key)], self.blocks[key]
 
 
-Layout = tuple[tuple[tuple[int, bool], tuple[int, ...]], ...]
-"""Keys of the free blocks, by stream and "small"."""
+Layout = tuple[tuple[int, tuple[int, ...]], ...]
+"""Keys of the free blocks, by pool."""
 
 
 @dataclass
@@ -91,37 +95,36 @@ class Allocator:
     allocated_bytes: int = 0
     reserved_bytes: int = 0
     num_retries: int = 0
-    _pools: dict[tuple[int, bool], Pool] = field(default_factory=dict)  # by stream and "small"
+    _pools: dict[int, Pool] = field(default_factory=dict)  # by twice the stream, plus 1 for small blocks
     _driver: DriverAddresses = field(default_factory=DriverAddresses)
 
     def malloc(self, request: int, stream: int = 0, event: int = -1) -> Block:
         """A block of at least ``request`` bytes. Raises OutOfMemory."""
         size = -(-request // MIN_BLOCK) * MIN_BLOCK or MIN_BLOCK
         small = size <= SMALL
-        pool = self._pool(stream, small)
+        pool = self._pools.get(2 * stream + small) or self._pool(stream, small)
         keys = pool.keys
         i = bisect_left(keys, size << _ADDRESS)
         if i < len(keys):
-            del keys[i]
-            block = pool.blocks.pop(i)
+            block = pool.blocks.pop(keys.pop(i))
         else:
-            block = self._segment(size, stream, small, event)
+            block = self._segment(size, pool, event)
+            i = len(keys)
         rest = block.size - size
-        if rest >= MIN_BLOCK if small else rest > SMALL:
-            self._split(block, size)
+        if rest >= MIN_BLOCK if small else rest > SMALL:  # the rest is free
+            after, address = block.next, block.address + size
+            block.next = tail = Block(address, rest, pool, block, after)
+            if after is not None:
+                after.previous = tail
+            block.size = size
+            tail.key = key = rest << _ADDRESS | address
+            insort(keys, key, 0, i)  # the block was larger, and so is what comes after it
+            pool.blocks[key] = tail
+        else:
+            size = block.size
         block.free = False
-        self.allocated_bytes += block.size
+        self.allocated_bytes += size
         return block
-
-    def _split(self, block: Block, size: int) -> None:
-        """Cut a block to ``size``; the rest is free."""
-        after = block.next
-        tail = Block(block.address + size, block.size - size, block.stream, block.small, True, block, after)
-        if after is not None:
-            after.previous = tail
-        block.next = tail
-        block.size = size
-        self._pool(block.stream, block.small).insert(tail)
 
     def release(self, block: Block) -> None:
         """Give a block back; it joins free neighbours."""
@@ -130,33 +133,36 @@ class Allocator:
 
     def join(self, block: Block) -> None:
         """Make a block free, one with its free neighbours."""
-        block.free = True
-        pool = self._pool(block.stream, block.small)
+        pool, address, size = block.pool, block.address, block.size
+        keys, blocks = pool.keys, pool.blocks
         before, after = block.previous, block.next
         if before is not None and before.free:
-            pool.remove(before)
-            block.address, block.previous = before.address, before.previous
-            if block.previous is not None:
-                block.previous.next = block
-            block.size += before.size
+            key = before.key
+            del keys[bisect_left(keys, key)], blocks[key]
+            block.address = address = before.address
+            size += before.size
+            block.previous = before = before.previous
+            if before is not None:
+                before.next = block
         if after is not None and after.free:
-            pool.remove(after)
-            block.next = after.next
-            if block.next is not None:
-                block.next.previous = block
-            block.size += after.size
-        pool.insert(block)
+            key = after.key
+            del keys[bisect_left(keys, key)], blocks[key]
+            size += after.size
+            block.next = after = after.next
+            if after is not None:
+                after.previous = block
+        block.free, block.size = True, size
+        block.key = key = size << _ADDRESS | address
+        insort(keys, key)
+        blocks[key] = block
 
     def _pool(self, stream: int, small: bool) -> Pool:
-        pool = self._pools.get((stream, small))
-        if pool is None:
-            pool = self._pools[stream, small] = Pool()
-        return pool
+        return self._pools.setdefault(2 * stream + small, Pool(stream, small))
 
-    def _segment(self, size: int, stream: int, small: bool, event: int) -> Block:
-        total = self.check_limit(size, small, event)
+    def _segment(self, size: int, pool: Pool, event: int) -> Block:
+        total = self.check_limit(size, pool.small, event)
         self.reserved_bytes += total
-        return Block(self._driver.take(total), total, stream, small)
+        return Block(self._driver.take(total), total, pool)
 
     def check_limit(self, size: int, small: bool, event: int) -> int:
         """Bytes to ask the driver for; raises OutOfMemory if that is too much even with an empty cache."""
@@ -175,7 +181,7 @@ class Allocator:
     def empty_cache(self) -> None:
         """Return every segment that is one free block to the driver (release_cached_blocks)."""
         for pool in self._pools.values():
-            for block in [b for b in pool.blocks if b.previous is None and b.next is None]:
+            for block in [b for b in map(pool.blocks.__getitem__, pool.keys) if b.previous is None and b.next is None]:
                 pool.remove(block)
                 self._driver.give(block.address, block.size)
                 self.reserved_bytes -= block.size

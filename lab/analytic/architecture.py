@@ -5,11 +5,17 @@ The lab's decoder is here, others are in ``families``.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import groupby
 from math import prod
+from operator import attrgetter
+from typing import NamedTuple
 
 from lab.config import ModelConfig
+
+_unit = attrgetter("unit")
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,35 @@ class ParameterSpec:
     @cached_property
     def numel(self) -> int:
         return prod(self.shape)
+
+    @cached_property
+    def block(self) -> str:
+        """The module that holds the parameter and has its like in every layer; "" for the root's."""
+        before, inside, _ = self.name.partition(f".{self.unit}.")
+        return f"{before}.{self.unit}" if inside else ""
+
+    @cached_property
+    def kind(self) -> Hashable:
+        """Equal where the name inside the block is, the shape, and all that says how the parameter is stored."""
+        return self.name[len(self.block) :], self.shape, self.trainable, self.quantized, self.wide
+
+
+class UnitSpecs(NamedTuple):
+    """Parameters of one unit that follow each other; ``block`` and ``kind`` as theirs."""
+
+    block: str
+    specs: list[ParameterSpec]
+    kind: Hashable
+
+
+def by_unit(specs: Iterable[ParameterSpec]) -> list[UnitSpecs]:
+    """The same, cut where a unit begins or ends."""
+    return [unit_specs(list(group)) for _, group in groupby(specs, key=_unit)]
+
+
+def unit_specs(specs: list[ParameterSpec]) -> UnitSpecs:
+    """Parameters of one unit."""
+    return UnitSpecs(specs[0].block, specs, tuple([s.kind for s in specs]))
 
 
 def parameters(model: ModelConfig) -> list[ParameterSpec]:

@@ -18,8 +18,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lab.analytic.accumulator import Accumulator
 from lab.analytic.ops import Ops, Parameter
-from lab.analytic.tape import Accumulator, Grads, Tensor, viewed
+from lab.analytic.tape import Grads, Tensor, viewed
 from lab.vocab import MemoryCategory
 
 MAGNITUDE = ".lora_magnitude_vector"
@@ -99,7 +100,7 @@ def _operand(ops: Ops, layer: DoraLayer, weight: Tensor) -> Parameter:
     shape = (layer.out_features, layer.in_features)
     accumulator = Accumulator(name)
 
-    def hold() -> None:
+    def hold(_: str) -> None:
         grad, accumulator.grad = accumulator.grad, None
         assert grad is not None
         grad.storage.move(MemoryCategory.ACTIVATIONS)  # nobody's gradient

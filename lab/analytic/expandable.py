@@ -22,46 +22,55 @@ SPACE = 1 << 44  # bytes of address space; PyTorch takes 9/8 of the GPU's memory
 class ExpandableAllocator(Allocator):
     """Addresses count from 0 in each pool: blocks of two pools are never compared."""
 
-    _unmapped: dict[tuple[int, bool], list[Block]] = field(default_factory=dict)  # by address
+    _unmapped: dict[Pool, list[Block]] = field(default_factory=dict)  # by address
 
     def malloc(self, request: int, stream: int = 0, event: int = -1) -> Block:
         """A block of at least ``request`` bytes. Raises OutOfMemory."""
         size = -(-request // MIN_BLOCK) * MIN_BLOCK or MIN_BLOCK
-        small = size <= SMALL
-        block = self._fitting(self._pool(stream, small), size) or self._expand(size, stream, small, event)
+        pool = self._pool(stream, size <= SMALL)
+        block = self._fitting(pool, size) or self._expand(size, pool, event)
         if block.size - size >= MIN_BLOCK:
             self._split(block, size)
         block.free = False
         self.allocated_bytes += block.size
         return block
 
+    def _split(self, block: Block, size: int) -> None:
+        """Cut a block to ``size``; the rest is free."""
+        after, pool = block.next, block.pool
+        block.next = tail = Block(block.address + size, block.size - size, pool, block, after)
+        if after is not None:
+            after.previous = tail
+        block.size = size
+        pool.insert(tail)
+
     def _fitting(self, pool: Pool, size: int) -> Block | None:
         """The smallest free block that fits, where one before unmapped space counts with all that it could become."""
-        i = pool.first_of(size)
-        if i == len(pool.blocks):
+        i, keys, blocks = pool.first_of(size), pool.keys, pool.blocks
+        if i == len(keys):
             return None
         while (
-            _is_split(pool.blocks[i])
-            and i + 1 < len(pool.blocks)
-            and _could_be(pool.blocks[i + 1]) < _could_be(pool.blocks[i])
+            _is_split(blocks[keys[i]])
+            and i + 1 < len(keys)
+            and _could_be(blocks[keys[i + 1]]) < _could_be(blocks[keys[i]])
         ):
             i += 1
         return pool.take(i)
 
-    def _expand(self, size: int, stream: int, small: bool, event: int) -> Block:
-        self.check_limit(size, small, event)
-        block = self._room(size, stream, small)
+    def _expand(self, size: int, pool: Pool, event: int) -> Block:
+        self.check_limit(size, pool.small, event)
+        block = self._room(size, pool)
         if not block.mapped:
             block = self._map(block, min(size, block.size))
         while block.size < size:
             assert block.next is not None
             block = self._map(block.next, min(size - block.size, block.next.size))
-        self._pool(stream, small).remove(block)
+        pool.remove(block)
         return block
 
-    def _room(self, size: int, stream: int, small: bool) -> Block:
+    def _room(self, size: int, pool: Pool) -> Block:
         """The lowest free or unmapped block from which on there is room: unmapped space and what is free around it."""
-        unmapped = self._unmapped.setdefault((stream, small), [])
+        unmapped = self._unmapped.setdefault(pool, [])
         for block in unmapped:
             first = block.previous if block.previous is not None and block.previous.free else block
             found = 0
@@ -71,7 +80,8 @@ class ExpandableAllocator(Allocator):
                 at = at.next
             if found >= size:
                 return first
-        space = Block(0, SPACE, stream, small, free=False, mapped=False)
+        space = Block(0, SPACE, pool)
+        space.free = space.mapped = False
         unmapped.append(space)
         return space
 
@@ -79,13 +89,11 @@ class ExpandableAllocator(Allocator):
         """Map at least ``size`` bytes at the start of an unmapped block; it joins the free blocks around it."""
         piece = SMALL_SEGMENT if block.small else LARGE_SEGMENT
         mapped = -(-size // piece) * piece
-        unmapped = self._unmapped[block.stream, block.small]
+        unmapped = self._unmapped[block.pool]
         unmapped.remove(block)
         if mapped < block.size:
-            left = block.size - mapped
-            rest = Block(
-                block.address + mapped, left, block.stream, block.small, False, block, block.next, mapped=False
-            )
+            rest = Block(block.address + mapped, block.size - mapped, block.pool, block, block.next)
+            rest.free = rest.mapped = False
             if block.next is not None:
                 block.next.previous = rest
             block.next, block.size = rest, mapped
@@ -97,25 +105,25 @@ class ExpandableAllocator(Allocator):
 
     def empty_cache(self) -> None:
         """Unmap every whole piece inside free blocks (release_blocks, unmap_block)."""
-        for (stream, small), pool in self._pools.items():
-            piece = SMALL_SEGMENT if small else LARGE_SEGMENT
-            for block in list(pool.blocks):
+        for pool in self._pools.values():
+            piece = SMALL_SEGMENT if pool.small else LARGE_SEGMENT
+            for block in [pool.blocks[key] for key in pool.keys]:
                 start, end = -(-block.address // piece) * piece, (block.address + block.size) // piece * piece
                 if start < end:
-                    self._unmap(block, start, end, self._unmapped[stream, small])
+                    self._unmap(block, start, end, self._unmapped[pool])
 
     def _unmap(self, block: Block, start: int, end: int, unmapped: list[Block]) -> None:
-        pool = self._pool(block.stream, block.small)
+        pool = block.pool
         pool.remove(block)
         if block.address < start:
-            before = Block(block.address, start - block.address, block.stream, block.small, True, block.previous, block)
+            before = Block(block.address, start - block.address, pool, block.previous, block)
             if block.previous is not None:
                 block.previous.next = before
             block.previous = before
             pool.insert(before)
         if end < block.address + block.size:
             size = block.address + block.size - end
-            after = Block(end, size, block.stream, block.small, True, block, block.next)
+            after = Block(end, size, pool, block, block.next)
             if block.next is not None:
                 block.next.previous = after
             block.next = after

@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lab.analytic.segments import Segment
 from lab.analytic.tape import Storage, Tensor, Trace
 from lab.vocab import MemoryCategory
+
+if TYPE_CHECKING:
+    from lab.analytic.gradients import Kept
 
 
 class Unrecordable(Exception):
@@ -43,6 +47,13 @@ class Value:
             tensor.itemsize,
             tensor.has_base,
         )
+
+    def adopt(self, trace: Trace, first: int, label: str) -> Tensor:
+        """The tensor whose bytes the recording has allocated, of a block whose storages are numbered from ``first``."""
+        storage = Storage.adopted(trace, first + self.ident, self.nbytes, self.size, self.category, label)
+        tensor = Tensor(storage, self.numel, self.itemsize)
+        tensor.has_base = self.has_base
+        return tensor
 
 
 @dataclass(slots=True)
@@ -94,7 +105,15 @@ class Outer:
     category: MemoryCategory | None
 
 
-Instruction = Play | Hook | Pass | Gradient | Hold | Outer
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """A library's workspace is needed, and made if it is not there."""
+
+    key: str
+    nbytes: int
+
+
+Instruction = Play | Hook | Pass | Gradient | Hold | Outer | Workspace
 
 
 @dataclass(slots=True)
@@ -121,12 +140,32 @@ class Recording:
     returns_gradient: bool = False  # it is the gradient that came in
     gradient: Incoming | None = None  # what was taken for the gradient that comes in
     attributes: list[Value | None] = field(default_factory=list)  # kept to the graph's end; None: the block's input
-    needed_workspaces: set[str] = field(default_factory=set)
     gradients: list[tuple[str, Value]] = field(default_factory=list)  # of parameters, as they are when they are there
+    workspaces: set[str] = field(default_factory=set)  # that are made if they are not there
     rounds: dict[str, Rounds | None] = field(default_factory=dict)  # see lab.analytic.layer_rounds
     merged: dict[str, list[Instruction]] = field(default_factory=dict)  # see lab.analytic.layer_merging
     backward_placed: bool = False  # are its segments in the trace?
     arrivals: dict[str, Play] = field(default_factory=dict)  # of PASSED_ON gradients, by parameter
+    kept: Kept | None = None  # of KEPT gradients, what they are like together
+    settled: Recording | None = None  # the same where all workspaces are there
+
+
+def settled(recording: Recording) -> Recording:
+    """``Recording.settled``."""
+    forward, backward = (_without_workspaces(s, recording.module) for s in (recording.forward, recording.backward))
+    fresh: dict[str, Any] = {"rounds": {}, "merged": {}, "arrivals": {}, "backward_placed": False}
+    return replace(recording, forward=forward, backward=backward, workspaces=set(), **fresh)
+
+
+def _without_workspaces(instructions: Sequence[Instruction], module: str) -> list[Instruction]:
+    """What the block does before and after one would be made is a single run of events then."""
+    out: list[Instruction] = []
+    for step in instructions:
+        if isinstance(step, Play) and out and isinstance(out[-1], Play):
+            out[-1] = Play(Segment([*out[-1].segment.events, *step.segment.events], module))
+        elif not isinstance(step, Workspace):
+            out.append(step)
+    return out
 
 
 class Incoming(NamedTuple):

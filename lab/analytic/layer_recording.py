@@ -3,8 +3,8 @@
 The recording runs the decoder's own code over stand-ins for the block's parameters, the strategy's hooks and the
 gradient that comes in. What the code does to memory is either the block's own affair, in an order that is the same in
 every layer (``Play`` of a ``Segment``), or it touches something outside the block: a hook of the strategy, the gradient
-of a parameter, the block's input, an autocast copy that the model's cache holds. Each of those becomes an instruction
-that ``lab.analytic.layers`` carries out for real, at the same place in the order.
+of a parameter, the block's input, an autocast copy that the model's cache holds, a library's workspace. Each of those
+becomes an instruction that ``lab.analytic.layers`` carries out for real, at the same place in the order.
 
 Nothing is recorded (``Unrecordable``) of a block that changes a parameter for good, saves a tensor of the model's, or
 lets go of something in a way that has no instruction here. Such blocks are replayed operation by operation.
@@ -79,12 +79,11 @@ def _record(run: ScratchRun, i: int, incoming: Incoming, needs_gradient: bool, g
     if needs_gradient:
         x[0].node = Node(tape, [], arrive)
     tensors = {name: p.tensor for name, p in run.params.items()}
-    known = set(run.workspaces)
     begin = len(events)
     y = [run.decoder.call_block(i, x[0])]
     forward = events[begin:]
-    if set(run.workspaces) != known or any(run.params[name].tensor is not t for name, t in tensors.items()):
-        raise Unrecordable("a workspace is taken, or a parameter changed, for good")
+    if any(run.params[name].tensor is not t for name, t in tensors.items()):
+        raise Unrecordable("a parameter changed for good")
     output, node, slot = Value.of(y[0]), y[0].node, y[0].slot
     casts = _last_references(run)
     keeps_input = not _freed_by(events, x.clear)
@@ -93,9 +92,14 @@ def _record(run: ScratchRun, i: int, incoming: Incoming, needs_gradient: bool, g
     num_forward = trace.next_id
     if node is None:
         return Recording(
-            f"blocks.{i}", num_forward, _instructions(trace, forward, INPUT, -1, i), output, casts, keeps_input
+            f"blocks.{i}",
+            num_forward,
+            _instructions(trace, forward, INPUT, -1, i),
+            output,
+            casts,
+            keeps_input,
+            workspaces=run.workspaces.noted,
         )
-    run.workspaces.assume = True
     count_dependencies(node)
     grads: Grads = [None] * node.num_slots
     if gradient is None:
@@ -131,8 +135,8 @@ def _record(run: ScratchRun, i: int, incoming: Incoming, needs_gradient: bool, g
         returned is not None and returned.ident == came,
         gradient,
         attributes,
-        run.workspaces.assumed - known,
         gradients_of(recorded),
+        run.workspaces.noted,
     )
 
 

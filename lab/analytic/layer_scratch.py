@@ -8,12 +8,14 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import dataclass
 
+from lab.analytic.accumulator import Accumulator
 from lab.analytic.decoder import Decoder
-from lab.analytic.layer_instructions import Gradient, Hold, Hook, Instruction, Pass, Unrecordable, Value
+from lab.analytic.layer_instructions import Gradient, Hold, Hook, Instruction, Pass, Unrecordable, Value, Workspace
 from lab.analytic.linears import Linears
 from lab.analytic.ops import Ops, Parameter
+from lab.analytic.ops_base import Workspaces
 from lab.analytic.sharding.base import Rule
-from lab.analytic.tape import Accumulator, Grads, Node, Storage, Tape, Tensor, Trace
+from lab.analytic.tape import Grads, Node, Storage, Tape, Tensor, Trace
 from lab.vocab import MemoryCategory
 
 NOTE = 100  # kind of an event that stands for an instruction; its second field is the index in ``notes``
@@ -114,26 +116,25 @@ class _ScratchAccumulator(Accumulator):
         super().__init__(name)
         self.suffix, self.trace = suffix, trace
 
-    def _accumulate(self, grads: Grads) -> Grads:
+    def backward(self, grads: Grads) -> Grads:
         assert grads[0] is not None
         self.trace.note(Gradient(self.suffix, Value.of(grads[0])))
         grads[0] = None
         return []
 
 
-class _Workspaces(dict[str, Tensor]):
-    """The live run's; what the forward would add is seen afterwards, the backward's are there by then."""
+class _ScratchWorkspaces(Workspaces):
+    """Notes where one would be made that the live run does not have yet."""
 
-    def __init__(self, live: dict[str, Tensor]) -> None:
-        super().__init__(live)
-        self.assume = False
-        self.assumed: set[str] = set()
+    def __init__(self, tape: Tape, trace: ScratchTrace, live: Workspaces) -> None:
+        super().__init__(tape)
+        self.trace, self.live = trace, live
+        self.noted: set[str] = set()
 
-    def __contains__(self, key: object) -> bool:
-        if self.assume and isinstance(key, str):
-            self.assumed.add(key)
-            return True
-        return super().__contains__(key)
+    def take(self, key: str, nbytes: int) -> None:
+        if key not in self.live.taken and key not in self.noted:
+            self.noted.add(key)
+            self.trace.note(Workspace(key, nbytes))
 
 
 @dataclass
@@ -145,7 +146,7 @@ class ScratchRun:
     tape: _ScratchTape
     trace: ScratchTrace
     params: dict[str, Parameter]
-    workspaces: _Workspaces
+    workspaces: _ScratchWorkspaces
 
 
 def scratch_world(decoder: Decoder, rule: Rule, own: str, members: dict[str, Parameter]) -> ScratchRun:
@@ -161,7 +162,7 @@ def scratch_world(decoder: Decoder, rule: Rule, own: str, members: dict[str, Par
         tape.names[id(storage)] = suffix
         params[parameter.name] = stub
     ops = copy(live_ops)
-    workspaces = _Workspaces(live_ops.workspaces)
+    workspaces = _ScratchWorkspaces(tape, trace, live_ops.workspaces)
     ops.tape, ops.cast_cache, ops.workspaces = tape, {}, workspaces
     hooks = _ScratchHooks(trace, tape, own, called=rule.module_hooks)
     alone = copy(decoder)

@@ -16,6 +16,7 @@ from collections.abc import Hashable, Sequence
 from sys import getrefcount
 
 from lab.analytic.decoder import Decoder
+from lab.analytic.gradients import Kept, KeptTogether
 from lab.analytic.layer_instructions import (
     Gradient,
     Hold,
@@ -28,15 +29,17 @@ from lab.analytic.layer_instructions import (
     Recording,
     Unrecordable,
     Value,
+    Workspace,
+    settled,
 )
 from lab.analytic.layer_merging import FIRST, LATER, merged_backward, quiet_arrivals
 from lab.analytic.layer_recording import record
 from lab.analytic.layer_rounds import RoundRecorder
 from lab.analytic.ops import Parameter
 from lab.analytic.segments import Segment
-from lab.analytic.sharding.base import KEPT, Rule
+from lab.analytic.sharding.base import KEPT
 from lab.analytic.step import Replay
-from lab.analytic.tape import SEGMENT, Grads, Node, Storage, Tensor
+from lab.analytic.tape import SEGMENT, Grads, Node, Tensor
 from lab.config import RunConfig
 
 FORWARD, BACKWARD = "forward", "backward"
@@ -94,8 +97,9 @@ def repeat_layers(replay: Replay, known: Known | None = None) -> None:
 def dismantle(replay: Replay) -> None:
     """Take apart what refers to itself in a replay that is over, so that it goes without the garbage collector."""
     replay.decoder.call = None
-    for parameter in replay.rule.parameters.values():
-        parameter.accumulator.on_grad = parameter.accumulator.backward = None
+    if replay.rule.told:
+        for parameter in replay.rule.parameters.values():
+            parameter.accumulator.on_grad = None
 
 
 class _Layer:
@@ -117,42 +121,43 @@ class _Layer:
         return name.replace(self.recording.module + ".", self.module + ".")
 
 
+class _Trained:
+    """A block's parameters with gradients, as those arrive; their accumulators and gradients in the model's order."""
+
+    __slots__ = ("accumulators", "gradients", "in_order", "parameters")
+
+    def __init__(self, gradients: list[tuple[str, Value]], members: dict[str, Parameter]) -> None:
+        self.gradients, of = gradients, dict(gradients)
+        self.parameters = [members[name] for name, _ in gradients]
+        self.accumulators = [p.accumulator for name, p in members.items() if name in of]
+        self.in_order = [of[name] for name in members if name in of]
+
+
 class Layers:
     """The decoder's blocks, by kind."""
 
     def __init__(self, replay: Replay, known: Known) -> None:
         self.decoder, self.ops, self.tape, self.trace = replay.decoder, replay.ops, replay.tape, replay.trace
         self.rule = replay.rule
-        self.members: list[dict[str, Parameter]] = [{} for _ in range(replay.cfg.model.num_layers)]
-        for name, parameter in replay.rule.parameters.items():
-            if name.startswith("blocks."):
-                index, suffix = name[7:].split(".", 1)
-                self.members[int(index)][suffix] = parameter
+        self.members: list[dict[str, Parameter]] = []
+        self.kinds: list[int] = []
+        for block, specs, kind in self.rule.unit_specs:
+            if block:
+                i, start, members = specs[0].unit, len(block) + 1, [self.rule.parameters[s.name] for s in specs]
+                assert i == len(self.members), "parameters of the blocks come block by block"
+                self.members.append({p.name[start:]: p for p in members})
+                key = kind, tuple([p.tensor.itemsize for p in members]), self.decoder.checkpointed(i)
+                self.kinds.append(known.kinds.setdefault(key, len(known.kinds)))
         self.names: list[dict[str, str]] = [
             {} for _ in self.members
         ]  # labels of one recording's, as the block has them
-        kinds, self.recordings = known.kinds, known.recordings
-        self.kinds = [
-            kinds.setdefault(
-                tuple((s, p.shape, p.trainable, p.quantized and p.quantized.kind) for s, p in m.items()), len(kinds)
-            )
-            for m in self.members
-        ]
-        self.told = type(self.rule).grad_ready is not Rule.grad_ready
-        # Workspaces are taken for good: in forward by the first block; in backward by the head, but for those that a
-        # recomputation takes first, which is the last checkpointed block's.
-        self.first_pass = True
+        self.recordings = known.recordings
+        self.trained: list[_Trained | None] = [None for _ in self.members]
         self.num_hook_storages = 2 * max(map(len, self.members)) if self.rule.module_hooks else 0  # of one pass
-        checkpointed = [i for i in range(len(self.members)) if self.decoder.checkpointed(i)]
-        self.takes_workspaces = {0, *checkpointed[-1:]}
 
     def call(self, i: int, x: Tensor) -> Tensor:
         """Block i's output."""
-        last = len(self.members) - 1
-        alone = self.tape.pack is not None or (self.first_pass and i in self.takes_workspaces)
-        recording = None if alone else self._recording(i, x)
-        if i == last:
-            self.first_pass = False
+        recording = None if self.tape.pack is not None else self._recording(i, x)
         if recording is None:
             return self.decoder.call_block(i, x)
         trace, layer = self.trace, _Layer(recording, i, self.trace.next_id, x, self.names[i])
@@ -168,17 +173,26 @@ class Layers:
         return y
 
     def _recording(self, i: int, x: Tensor) -> Recording | None:
-        members, incoming = self.members[i], Incoming.of(x)
-        sizes = tuple([p.tensor.itemsize for p in members.values()])
-        key = (self.kinds[i], sizes, self.decoder.checkpointed(i), incoming, x.node is None, self.ops.amp)
+        incoming = Incoming.of(x)
+        key = self.kinds[i], incoming, x.node is None, self.ops.amp
         if key not in self.recordings:
             try:
-                found = record(self.decoder, self.rule, i, members, incoming, x.node is not None)
+                found = record(self.decoder, self.rule, i, self.members[i], incoming, x.node is not None)
                 self._place(found.forward)
                 self.recordings[key] = found
             except Unrecordable:
                 self.recordings[key] = None
-        return self.recordings[key]
+        known = self.recordings[key]
+        return known and self._settled(known)
+
+    def _settled(self, recording: Recording) -> Recording:
+        """Without the workspaces that it makes, once all are there."""
+        if not recording.workspaces or not recording.workspaces <= self.ops.workspaces.taken.keys():
+            return recording
+        if recording.settled is None:
+            recording.settled = settled(recording)
+            self._place(recording.settled.forward)
+        return recording.settled
 
     def _place(self, instructions: Sequence[Instruction]) -> None:
         """Their segments into the trace."""
@@ -193,11 +207,9 @@ class Layers:
         # Held by `gradient` and getrefcount's argument; the storage by the tensor and the argument.
         if getrefcount(gradient) != 2 or getrefcount(gradient.storage) != 2:
             raise Unrecordable("the incoming gradient is held by others too")
-        recording = layer.recording
+        recording = layer.recording = self._settled(layer.recording)
         if Incoming.of(gradient) != recording.gradient:
             recording = layer.recording = self._with_gradient(layer, Incoming.of(gradient))
-        if not recording.needed_workspaces <= self.ops.workspaces.keys():
-            raise Unrecordable("a workspace is taken in backward")
         layer.gradient = gradient
         del gradient
         self._run_backward(layer)
@@ -226,10 +238,12 @@ class Layers:
 
     def _run_backward(self, layer: _Layer) -> None:
         """With the parameters' gradients one by one, or, where the strategy has nothing to do at them, together."""
-        recording, members = layer.recording, self.members[layer.index]
-        parameters = [members[name] for name, _ in recording.gradients]
+        recording, trained = layer.recording, self.trained[layer.index]
+        if trained is None or trained.gradients is not recording.gradients:
+            trained = self.trained[layer.index] = _Trained(recording.gradients, self.members[layer.index])
+        parameters = trained.parameters
         arrival = self.rule.quiet_gradients(layer.index)
-        missing = [p.accumulator.grad is None for p in parameters]
+        missing = [not p.accumulator.has_grad for p in parameters]
         if arrival is not None:
             if not all(missing):
                 arrival = LATER if arrival is KEPT and not any(missing) else None
@@ -243,10 +257,11 @@ class Layers:
             recording.merged[arrival] = merged_backward(recording, arrival)
             self._place(recording.merged[arrival])
         self._run_with_hooks(layer, recording.merged[arrival], None, arrival)
-        if arrival is FIRST:
-            for name, value in recording.gradients:
-                members[name].accumulator.grad = self._adopt(value, layer)
-        if self.told:
+        if arrival is FIRST and parameters:
+            if recording.kept is None:
+                recording.kept = Kept(trained.in_order, recording.module)
+            KeptTogether(self.trace, recording.kept, layer.first, layer.module, trained.accumulators)
+        if self.rule.told:
             self.rule.grads_ready(parameters)
 
     def _run_unmerged(self, layer: _Layer, parameters: list[Parameter], loud: int | None) -> None:
@@ -309,11 +324,11 @@ class Layers:
                 if step.parameter in passed_on:
                     play((SEGMENT, first, passed_on[step.parameter].segment.place, module, "", 0))
                     continue
-                run = members[step.parameter].accumulator.backward
-                assert run is not None
-                run([self._adopt(step.value, layer)])
+                members[step.parameter].accumulator.backward([self._adopt(step.value, layer)])
             elif isinstance(step, Outer):
                 self._outer(layer, step, x)
+            elif isinstance(step, Workspace):
+                self.ops.workspaces.take(step.key, step.nbytes)
 
     def _outer(self, layer: _Layer, step: Outer, x: Tensor | None) -> None:
         """Moved to another category, or let go of."""
@@ -345,9 +360,4 @@ class Layers:
         label = layer.names.get(value.label)
         if label is None:
             label = layer.names[value.label] = layer.renamed(value.label)
-        storage = Storage.adopted(
-            self.trace, layer.first + value.ident, value.nbytes, value.size, value.category, label
-        )
-        tensor = Tensor(storage, value.numel, value.itemsize)
-        tensor.has_base = value.has_base
-        return tensor
+        return value.adopt(self.trace, layer.first, label)

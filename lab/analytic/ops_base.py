@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lab.analytic.accumulator import Accumulator
 from lab.analytic.reduce import column_partials
-from lab.analytic.tape import Accumulator, Grads, Node, Tape, Tensor
+from lab.analytic.tape import Grads, Node, Tape, Tensor
 from lab.vocab import MemoryCategory
 
 if TYPE_CHECKING:
@@ -50,6 +51,18 @@ class Parameter:
         )
 
 
+class Workspaces:
+    """What libraries keep for good, by library and thread: made when it is first needed."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+        self.taken: dict[str, Tensor] = {}
+
+    def take(self, key: str, nbytes: int) -> None:
+        if key not in self.taken:
+            self.taken[key] = self.tape.new(nbytes, 1, key, MemoryCategory.LIBRARY_WORKSPACES)
+
+
 @dataclass
 class BaseOps:
     """What the operations are made of, bound to one tape and one precision regime.
@@ -67,8 +80,11 @@ class BaseOps:
     half_is_fp16: bool = False  # what has 2 bytes per element is fp16, not bf16
     workspace_bytes: int = 0
     lt_workspace_bytes: int = 0
-    workspaces: dict[str, Tensor] = field(default_factory=dict)
+    workspaces: Workspaces = field(init=False)
     region: Region | None = None  # the checkpointed region being run
+
+    def __post_init__(self) -> None:
+        self.workspaces = Workspaces(self.tape)
 
     # -- helpers -----------------------------------------------------------------------------
 
@@ -99,8 +115,8 @@ class BaseOps:
             thread = "backward"
         for library, nbytes in (("cuBLAS", self.workspace_bytes), ("cuBLASLt", self.lt_workspace_bytes if lt else 0)):
             key = f"{library} workspace, {thread} thread"
-            if nbytes and key not in self.workspaces:
-                self.workspaces[key] = self.new(nbytes, 1, key, MemoryCategory.LIBRARY_WORKSPACES)
+            if nbytes:
+                self.workspaces.take(key, nbytes)
 
     def gradient_as_rows(self, x: Tensor, label: str) -> Tensor:
         """x as its product gave it, whose gradient comes in another order of memory: its view as rows is a copy."""

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import partial
 
-from lab.analytic.tape import FP32, Tape, Tensor
+from lab.analytic.segments import Repeated
+from lab.analytic.tape import FP32, Event, Tape, Tensor, Trace
 from lab.config import OptimizerConfig
 from lab.vocab import MemoryCategory
 
@@ -56,6 +58,10 @@ class TorchOptimizer(Optimizer):
     the for-loop takes two such tensors of one parameter, and keeps the last until the next is made.
     """
 
+    def __init__(self, tape: Tape, cfg: OptimizerConfig) -> None:
+        super().__init__(tape, cfg)
+        self._kinds: dict[int, Repeated] = {}  # states of a parameter, by its bytes
+
     def step(self, params: Sequence[tuple[int, int]], shapes: Sequence[Shape] | None = None, group: int = 0) -> None:
         new, implementation = self.tape.new, self.cfg.implementation
         first = group not in self.made
@@ -94,16 +100,22 @@ class TorchOptimizer(Optimizer):
 
     def _make_states(self, params: Sequence[tuple[int, int]]) -> None:
         """They stay for good: nobody has to own them."""
-        new, cfg = self.tape.trace.allocate, self.cfg
-        counted = cfg.implementation == "fused" or not self.tape.trace.on_device_kernels
-        for n, size in params:
-            if cfg.kind == "adamw":
-                if counted:
-                    new(FP32, STATES, "step")
-                new(n * size, STATES, "exp_avg")
-                new(n * size, STATES, "exp_avg_sq")
-            elif cfg.momentum:
-                new(n * size, STATES, "momentum_buffer")
+        trace, kinds = self.tape.trace, self._kinds
+        for nbytes in [n * size for n, size in params]:
+            if nbytes not in kinds:
+                kinds[nbytes] = Repeated(trace, partial(self._make_states_of, nbytes))
+            kinds[nbytes].play(trace)
+
+    def _make_states_of(self, nbytes: int, trace: Trace) -> list[Event]:
+        """Of a parameter of so many bytes."""
+        if self.cfg.kind == "adamw":
+            if self.cfg.implementation == "fused" or not trace.on_device_kernels:
+                trace.allocate(FP32, STATES, "step")
+            trace.allocate(nbytes, STATES, "exp_avg")
+            trace.allocate(nbytes, STATES, "exp_avg_sq")
+        elif self.cfg.momentum:
+            trace.allocate(nbytes, STATES, "momentum_buffer")
+        return []
 
 
 def clip_gradients(tape: Tape, gradients: Sequence[tuple[int, int]], sharded: bool = False) -> Tensor:

@@ -74,10 +74,8 @@ def _all_ranks(cfg: RunConfig, limit_bytes: int | None, simulated: bool = True) 
     """``limit_bytes``: on what the allocator reserves, and enough to come through; None: none."""
     fresh = Replay(cfg)  # knows the ranks, and is the first ones'
     rule = fresh.rule
-    # With the allocator each rank takes as many steps as its cached segments need to repeat.
-    together = [[rank] for rank in rule.ranks()] if simulated else rule.replays()
     known, runs = Known(), list[_Run]()
-    for i, ranks in enumerate(together):
+    for i, ranks in enumerate(rule.replays()):
         runs += _replay(cfg, ranks, limit_bytes, simulated, None if i else fresh, known)
     first, steady, states, managed = zip(*runs, strict=True)
     worst = max(range(len(runs)), key=lambda i: steady[i].allocated_bytes)
@@ -104,14 +102,14 @@ def _replay(
 ) -> list[_Run]:
     """``ranks``: that one replay serves; ``limit_bytes``: on reserved bytes; enough to come through."""
     replay = replay_steps(cfg, ranks, simulated, fresh=fresh, known=known)
-    simulation: Simulation | None = None
-    blocks: Timeline | None = None
-    if replay.gpu and simulated:
-        simulation = Simulation(allocator_of(cfg)(limit_bytes))
-        events = settle(replay, simulation)
-        blocks = Timeline(events, sizes=simulation.block_bytes, curve=simulation.allocated)
     runs: list[_Run] = []
     for rank in ranks:
+        simulation: Simulation | None = None
+        blocks: Timeline | None = None
+        if replay.gpu and simulated:  # each takes as many steps as its cached segments need to repeat
+            simulation = Simulation(allocator_of(cfg)(limit_bytes))
+            events = settle(replay, simulation, rank)
+            blocks = Timeline(events, sizes=simulation.block_bytes, curve=simulation.allocated)
         tensors = Timeline(replay.rule.events_of(rank), replay.trace.segments)
         runs.append(_read(replay, tensors, blocks or tensors, simulation))
     dismantle(replay)
@@ -120,7 +118,7 @@ def _replay(
 
 def _read(replay: Replay, tensors: Timeline, timeline: Timeline, simulation: Simulation | None) -> _Run:
     """``timeline``: of the allocator's blocks, where it is simulated, else of tensors."""
-    cfg, steady = replay.cfg, replay.done - 1
+    cfg, steady = replay.cfg, (len(simulation.layouts) if simulation else replay.done) - 1
     # What persists is read before zero_grad drops the gradients, and counts tensors without their blocks' rests.
     before = [start for phase, start, _ in tensors.spans[steady] if phase is StepPhase.ZERO_GRAD]
     (first_phases, steady_phases), moments = timeline.read([0, steady], before[:1] if timeline is tensors else ())

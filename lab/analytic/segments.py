@@ -23,6 +23,7 @@ class Segment:
         self.place = -1  # in the trace's list
         self._labels: dict[str, list[str]] = {}
         self._running: list[int] = []
+        self._total_and_highest: tuple[int, int] | None = None
 
     def put(self, trace: Trace) -> int:
         """Its index in the trace's list, where it is from now on."""
@@ -47,6 +48,13 @@ class Segment:
         if not self._running:
             self._running = running_totals(self.events)
         return self._running
+
+    @property
+    def total_and_highest(self) -> tuple[int, int]:
+        """Bytes added by all of it, and when most are."""
+        if self._total_and_highest is None:
+            self._total_and_highest = self.running[-1], max(self.running)
+        return self._total_and_highest
 
     @cached_property
     def changes(self) -> tuple[tuple[str, int], ...]:

@@ -48,19 +48,25 @@ class Simulation:
                     block = malloc(nbytes, stream, i)
                 live[ident] = block
                 block_bytes[ident] = block.size
-                if in_use and stream == in_use[0].stream:
+                if in_use and stream == in_use[0].pool.stream:
                     _join(allocator, in_use)
-            elif kind == FREE and stream == IN_USE:
-                in_use.append(live.pop(ident))
-                allocator.allocated_bytes -= in_use[-1].size
             elif kind == FREE:
-                release(live.pop(ident))
+                if stream == IN_USE:
+                    in_use.append(live.pop(ident))
+                    allocator.allocated_bytes -= in_use[-1].size
+                else:
+                    release(live.pop(ident))
             elif kind == EMPTY_CACHE:
                 allocator.empty_cache()
-            elif kind == MARK and name == phase_mark(len(self.layouts), StepPhase.ZERO_GRAD, True):
+            elif kind == MARK and name == end_of_step(len(self.layouts))[3]:
                 self.layouts.append(allocator.layout())
             allocated.append(allocator.allocated_bytes)
             reserved.append(allocator.reserved_bytes)
+
+
+def end_of_step(step: int) -> Event:
+    """Its last event."""
+    return MARK, -1, 0, phase_mark(step, StepPhase.ZERO_GRAD, True), "", 0
 
 
 def simulate(
@@ -77,22 +83,28 @@ def _join(allocator: Allocator, blocks: list[Block]) -> None:
         allocator.join(blocks.pop())
 
 
-def settle(replay: Replay, simulation: Simulation) -> list[Event]:
-    """Serve a replay's events, and take further steps until one ends as an earlier one did; all events, spelled out.
+def settle(replay: Replay, simulation: Simulation, rank: int | None = None) -> list[Event]:
+    """Serve a rank's events, and take further steps until one ends as an earlier one did; all events, spelled out.
 
     The events of a step repeat early (``Rule.repeats_from``). What they find free does not: a block that one step cut
     up is missing in the next, which asks the driver for another. Where two steps end with the same blocks free, so do
-    all later ones. ``replay``: stepped to its rule's steady step, or to the run's last. Raises OutOfMemory.
+    all later ones. ``replay``: stepped to its rule's steady step, to the run's last, or further for another of the
+    ranks that it serves; ``rank``: None where it serves one. Raises OutOfMemory.
     """
-    trace, events, layouts = replay.trace, list[Event](), simulation.layouts
-    first = max(replay.rule.repeats_from - 1, 0)  # the first end from which equal ends make equal steps
+    rule, trace, events, layouts = replay.rule, replay.trace, list[Event](), simulation.layouts
+    rank = rule.rank if rank is None else rank
+    first = max(rule.repeats_from - 1, 0)  # the first end from which equal ends make equal steps
     last = min(replay.cfg.train.steps, MOST_STEPS)
-    done = 0
+    done, steps = 0, min(replay.cfg.train.steps, rule.steady_step + 1)
     while True:
-        further = spelled_out(trace.events[done:], trace.segments)
-        done = len(trace.events)
+        own = rule.events_of(rank)
+        end = len(own) if replay.done == steps else own.index(end_of_step(steps - 1), done) + 1
+        further = spelled_out(own[done:end], trace.segments)
+        done = end
         simulation.serve(further, trace.next_id)
         events += further
-        if replay.done >= last or layouts[-1] in layouts[first:-1]:
+        if steps >= last or layouts[-1] in layouts[first:-1]:
             return events
-        replay.step()
+        steps += 1
+        if replay.done < steps:
+            replay.step()

@@ -174,6 +174,7 @@ class Node:
     locals of the node's function.
     """
 
+    is_leaf = False  # the accumulator of a parameter's gradient
     __slots__ = (
         *("__weakref__", "attributes", "backward", "buffer", "deps", "edges", "hooks", "num_slots", "saved", "seq"),
         *("unpack", "validate"),
@@ -201,34 +202,6 @@ class Node:
         self.validate = validate
         for tensor in saved:
             tape.save(self, tensor)
-
-
-class Accumulator(Node):
-    """AccumulateGrad of one parameter: takes its gradient over, then calls ``on_grad``."""
-
-    __slots__ = ("grad", "name", "on_grad")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.seq = 1 << 62  # UINT64_MAX there: runs as soon as it is ready
-        self.edges = []
-        self.saved, self.unpack, self.validate = [], None, None
-        self.backward = self._accumulate
-        self.num_slots, self.buffer, self.deps, self.hooks, self.attributes = 1, None, 0, None, None
-        self.grad: Tensor | None = None
-        self.on_grad: Callable[[], None] | None = None
-
-    def _accumulate(self, grads: Grads) -> Grads:
-        if self.grad is None:
-            grad = grads[0]
-            assert grad is not None
-            grad.storage.move(MemoryCategory.GRADIENTS)
-            self.grad = grad.view()
-            del grad
-        grads[0] = None
-        if self.on_grad is not None:
-            self.on_grad()
-        return []
 
 
 class Tape:
@@ -329,7 +302,7 @@ class Tape:
             while grads:  # a vector's elements go from the first to the last
                 grads.pop(0)
             del grads, run
-            if not isinstance(node, Accumulator):
+            if not node.is_leaf:
                 if node.attributes is not None:
                     self.held_by_graph += node.attributes
                 kept, node.saved = node.saved, []
@@ -355,7 +328,7 @@ class Tape:
 
     def _add(self, node: Node, slot: int, grad: Tensor) -> None:
         """InputBuffer::add for ``node``; a parameter's second gradient goes straight into the first."""
-        if isinstance(node, Accumulator) and node.buffer is None:
+        if node.is_leaf and node.buffer is None:
             node.buffer = [grad]
             return
         if node.buffer is None:

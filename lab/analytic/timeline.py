@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from operator import itemgetter
 
 from lab.analytic.segments import Segment, running_totals
@@ -140,21 +141,16 @@ class Timeline:
 
 
 def _highest_with_segments(events: Sequence[Event], segments: Sequence[Segment]) -> list[int]:
-    running = [s.running for s in segments]
-    whole, highest = [r[-1] for r in running], [max(r) for r in running]
-    high: list[int] = []
-    add = high.append
-    total = 0
-    for kind, _, n, _, _, _ in events:
-        if kind == SEGMENT:
-            add(total + highest[n])
-            total += whole[n]
-            continue
-        if kind == ALLOC:
-            total += n
-        elif kind == FREE:
-            total -= n
-        add(total)
+    sums = [s.total_and_highest for s in segments]
+    whole, highest = [total for total, _ in sums], [high for _, high in sums]
+    changes = [
+        whole[n] if kind == SEGMENT else n if kind == ALLOC else -n if kind == FREE else 0
+        for kind, _, n, _, _, _ in events
+    ]
+    high = list(accumulate(changes))
+    for i, event in enumerate(events):
+        if event[0] == SEGMENT:
+            high[i] += highest[event[2]] - whole[event[2]]
     return high
 
 

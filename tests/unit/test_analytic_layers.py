@@ -8,16 +8,16 @@ import pytest
 
 from lab.analytic import predict
 from lab.analytic.decoder import Decoder
-from lab.analytic.layer_instructions import Hook, Instruction, Play, Rounds
+from lab.analytic.layer_instructions import Hook, Instruction, Play, Rounds, Workspace
 from lab.analytic.layer_rounds import RoundRecorder
-from lab.analytic.layers import repeat_layers, replay_steps
+from lab.analytic.layers import Known, repeat_layers, replay_steps
 from lab.analytic.segments import Pairs, Repeated, Together, spelled_out
 from lab.analytic.sharding import RULES
 from lab.analytic.sharding.accelerate import ACCELERATE_RULES
 from lab.analytic.sharding.hf_trainer import TRAINER_RULES
 from lab.analytic.sharding.zero_reduction import only_overflow
 from lab.analytic.step import Replay
-from lab.analytic.tape import ALLOC, EMPTY_CACHE, FREE, MARK, SEGMENT, Event, Storage, Trace
+from lab.analytic.tape import ALLOC, EMPTY_CACHE, FREE, MARK, SEGMENT, Event, Storage, Tensor, Trace
 from lab.analytic.timeline import Timeline, phases
 from lab.config import RunConfig, load
 from lab.vocab import STEP_PHASES, MemoryCategory
@@ -161,9 +161,35 @@ def test_on_a_cpu_both_levels_are_one() -> None:
 def test_a_block_of_its_own_kind_is_recorded_for_itself() -> None:
     """Every second block checkpointed: two kinds, each with a recording."""
     replay = replay_steps(config([GPU, "checkpointing=every_k"]), 0)
-    modules = {e[3] for e in replay.trace.events if e[0] == SEGMENT}
-    assert modules == {f"blocks.{i}" for i in range(5)}
-    assert len({s.module for s in replay.trace.segments}) == 2
+    begin = next(i for i, e in enumerate(replay.trace.events) if e[0] == MARK)
+    played = [e for e in replay.trace.events[begin:] if e[0] == SEGMENT and e[3]]
+    assert {e[3] for e in played} == {f"blocks.{i}" for i in range(5)}
+    assert len({replay.trace.segments[e[2]].module for e in played}) == 2
+
+
+def test_what_makes_a_workspace_is_recorded_and_later_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No block's code runs but in a recording; only the first block's forward, and here no backward, takes one."""
+    ran: list[Trace] = []
+    code = Decoder.block
+
+    def block(self: Decoder, i: int, x: Tensor) -> Tensor:
+        ran.append(self.ops.tape.trace)
+        return code(self, i, x)
+
+    monkeypatch.setattr(Decoder, "block", block)
+    known = Known()
+    replay = replay_steps(config([GPU]), 0, known=known)
+    assert ran
+    assert replay.trace not in ran
+    unsettled = [r for r in known.recordings.values() if r is not None and r.workspaces]
+    assert unsettled
+    for recording in unsettled:
+        assert any(isinstance(s, Workspace) for s in recording.forward)
+        assert recording.settled is not None
+        assert not any(isinstance(s, Workspace) for s in (*recording.settled.forward, *recording.settled.backward))
+    events = spelled_out(replay.trace.events, replay.trace.segments)
+    made = [e[4] for e in events if e[3] is MemoryCategory.LIBRARY_WORKSPACES]
+    assert sorted(made) == sorted(set(made))
 
 
 class _Unlike(Decoder):
@@ -186,7 +212,7 @@ def test_what_cannot_be_recorded_is_replayed() -> None:
     repeat_layers(other)
     other.decoder.__class__ = _Unlike
     other.step()
-    assert not other.trace.segments
+    assert not any(e[0] == SEGMENT and e[3] for e in other.trace.events)
     assert numbered(other.trace.events) == numbered(replay.trace.events)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lab.analytic.accumulator import Accumulator
 from lab.analytic.attention_fused import flash_splits
 from lab.analytic.attention_shape import AttentionShape
 from lab.analytic.ops import Ops, Parameter
@@ -21,7 +22,7 @@ from lab.analytic.segments import spelled_out
 from lab.analytic.sharding.fsdp import ALL_REDUCE_STREAM
 from lab.analytic.sharding.zero3_reduce import REDUCE_STREAM
 from lab.analytic.step import Replay
-from lab.analytic.tape import ALLOC, FREE, Accumulator, Event, Tape, Tensor, Trace
+from lab.analytic.tape import ALLOC, FREE, Event, Tape, Tensor, Trace
 from lab.config import RunConfig, load, run_config_from_json
 from lab.track.bundle import read_records
 from lab.units import MIB

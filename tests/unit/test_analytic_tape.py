@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from lab.analytic.accumulator import Accumulator
 from lab.analytic.ops import Ops, Parameter
-from lab.analytic.tape import ALLOC, FREE, Accumulator, Node, Tape, Tensor, Trace
+from lab.analytic.tape import ALLOC, FREE, Node, Tape, Tensor, Trace
 from lab.analytic.timeline import totals
 from lab.vocab import MemoryCategory
 

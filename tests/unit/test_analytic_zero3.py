@@ -7,7 +7,7 @@ from itertools import groupby
 import pytest
 
 from lab.analytic import predict
-from lab.analytic.architecture import ParameterSpec, num_parameters
+from lab.analytic.architecture import UnitSpecs, num_parameters, unit_specs
 from lab.analytic.decoder import Decoder
 from lab.analytic.sharding.zero3 import Zero3
 from lab.analytic.simulation import simulate
@@ -225,8 +225,9 @@ MEASURED: list[tuple[list[str], int, list[tuple[int, int]]]] = [
 class BuiltInsideInit(Zero3):
     """That program built the model under ``zero.Init``, which cuts every module as soon as it is made."""
 
-    def units(self) -> list[list[ParameterSpec]]:
-        return [list(group) for _, group in groupby(self.specs, key=lambda s: s.name.rpartition(".")[0])]
+    def units(self) -> list[UnitSpecs]:
+        modules = groupby(self.specs, key=lambda s: s.name.rpartition(".")[0])
+        return [unit_specs(list(group)) for _, group in modules]
 
 
 def replay_of_measured_run(cfg: RunConfig) -> tuple[Replay, int]:

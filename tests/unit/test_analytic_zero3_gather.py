@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from lab.analytic.accumulator import Accumulator
 from lab.analytic.ops import Parameter
 from lab.analytic.reduce import norm_workspace_bytes
 from lab.analytic.sharding.zero3_fetch import Coordinator
 from lab.analytic.sharding.zero3_gather import AVAILABLE, Gatherer, Sharded
 from lab.analytic.sharding.zero3_reduce import Reducer
-from lab.analytic.tape import ALLOC, BF16, Accumulator, Tape, Tensor, Trace
+from lab.analytic.tape import ALLOC, BF16, Tape, Tensor, Trace
 from lab.analytic.timeline import totals
 from lab.config import ZeroOptions
 

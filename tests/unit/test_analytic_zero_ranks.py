@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import pytest
 
 from lab.analytic import predict
+from lab.analytic.allocator import Allocator
 from lab.analytic.layers import replay_steps
 from lab.analytic.segments import spelled_out
 from lab.analytic.sharding.zero import ZeroRule
+from lab.analytic.simulation import Simulation, settle
 from lab.analytic.step import Replay
 from lab.analytic.tape import ALLOC, FREE, MOVE, Event
 from lab.config import load
@@ -58,6 +60,20 @@ def test_event_by_event(options: list[str], hardware: str) -> None:
         events = spelled_out(shared.rule.events_of(rank), shared.trace.segments)
         assert numbered(events) == numbered(spelled_out(alone.trace.events, alone.trace.segments))
         assert any(e[4] == "grads_in_partition" for e in events)
+
+
+@pytest.mark.parametrize("options", TOGETHER, ids=" ".join)
+def test_with_the_allocator_each_takes_its_own_steps(options: list[str]) -> None:
+    """As many, and to the same blocks, as replayed alone: also the first one, when others have gone on."""
+    cfg = load([*SMALL, "world_size=3", "hardware=h200", "train.steps=9", *options])
+    shared = replay_steps(cfg, [0, 1, 2])
+    for rank in (2, 0, 1, 2):
+        alone, together, apart = replay_steps(cfg, rank), Simulation(Allocator()), Simulation(Allocator())
+        events = settle(shared, together, rank)
+        assert numbered(events) == numbered(settle(alone, apart))
+        assert (together.allocated, together.reserved) == (apart.allocated, apart.reserved)
+        assert together.layouts == apart.layouts
+        assert len(together.layouts) == alone.done
 
 
 @pytest.mark.parametrize(

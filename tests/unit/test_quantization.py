@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from lab.analytic.accumulator import Accumulator
 from lab.analytic.architecture import ParameterSpec
 from lab.analytic.gemm_4bit import runs_as_one_kernel
 from lab.analytic.ops import Ops, Parameter
 from lab.analytic.quantization import packed_shape, quantize, state_bytes
 from lab.analytic.step import Replay
-from lab.analytic.tape import FP32, Accumulator, Tape, Trace
+from lab.analytic.tape import FP32, Tape, Trace
 from lab.config import ConfigError, QuantizationConfig, load
 from lab.transforms.quantization import (
     check_compute_dtype,

@@ -7,12 +7,13 @@ masking_utils.py (_preprocess_mask_arguments, _ignore_causal_mask_sdpa); acceler
 
 from __future__ import annotations
 
+from lab.analytic.accumulator import Accumulator
 from lab.analytic.families.base import HFDecoder
 from lab.analytic.families.gpt2 import GPT2
 from lab.analytic.families.inventory import PREFIX, embedding_module
 from lab.analytic.families.llama import Llama
 from lab.analytic.families.pieces import causal_lm_loss
-from lab.analytic.tape import BOOL, FP32, INT64, Accumulator, Tensor
+from lab.analytic.tape import BOOL, FP32, INT64, Tensor
 from lab.vocab import MemoryCategory
 
 
@@ -47,7 +48,7 @@ class TrainerDecoder(HFDecoder):
         accumulator = leaf.node
         assert isinstance(accumulator, Accumulator)
 
-        def hold() -> None:
+        def hold(_: str) -> None:
             assert accumulator.grad is not None
             accumulator.grad.storage.move(MemoryCategory.ACTIVATIONS)  # no parameter's
             tape.held_by_graph += [x, accumulator.grad]

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Hashable, Sequence
+from functools import cached_property, partial
 
-from lab.analytic.architecture import ParameterSpec
+from lab.analytic.accumulator import Accumulator
+from lab.analytic.architecture import ParameterSpec, by_unit
 from lab.analytic.dora import MAGNITUDE
+from lab.analytic.gradients import let_go
 from lab.analytic.layer_instructions import Hook, Pass
 from lab.analytic.make_optimizer import make_optimizer
 from lab.analytic.ops import Parameter, Quantized
 from lab.analytic.optimizers import Shape, clip_gradients
 from lab.analytic.quantization import Quantizer, compute_itemsize
 from lab.analytic.reduce import column_partials
-from lab.analytic.tape import BF16, FP32, Accumulator, Event, Tape, Tensor
+from lab.analytic.segments import Repeated
+from lab.analytic.tape import BF16, FP32, Event, Storage, Tape, Tensor, Trace
 from lab.config import RunConfig
 from lab.vocab import MemoryCategory, Precision
 
 PARAMETERS = MemoryCategory.PARAMETERS
 KEPT, PASSED_ON = "kept", "passed on"
-
-
-def block_of(spec: ParameterSpec) -> str:
-    """The module that holds the parameter and has its like in every layer; "" for the root's."""
-    before, found, _ = spec.name.partition(f".{spec.unit}.")
-    return f"{before}.{spec.unit}" if found else ""
 
 
 class Rule:
@@ -45,6 +42,9 @@ class Rule:
     def __init__(self, cfg: RunConfig, tape: Tape, specs: list[ParameterSpec]) -> None:
         self.cfg, self.tape, self.specs = cfg, tape, specs
         self.trained = [s for s in specs if s.trainable]
+        self.spec_of = {s.name: s for s in specs}
+        self.unit_specs = by_unit(specs)
+        self.told = type(self).grad_ready is not Rule.grad_ready  # of gradients
         self.quantizer = Quantizer(tape, cfg.quantization, cfg.hardware.num_streaming_multiprocessors)
         self.world = cfg.world_size
         self.half = cfg.precision.kind is not Precision.FP32
@@ -90,13 +90,44 @@ class Rule:
     # -- life of a run -------------------------------------------------------------------------
 
     def build(self) -> None:
-        for spec in self.specs:
-            tensor, quantized = self.materialise(spec)
-            self.add_parameter(spec, tensor, quantized)
-            del tensor
+        """One parameter after the other; blocks of one kind do the same."""
+        trace, kinds = self.tape.trace, dict[Hashable, Repeated]()
+        for_good = Storage(trace, 0, PARAMETERS, "")  # nobody asks where a parameter's bytes are
+        for block, specs, kind in self.unit_specs:
+            if self.draws_only(specs):
+                if kind not in kinds:
+                    kinds[kind] = Repeated(trace, partial(self.draw_for_good, specs), block)
+                kinds[kind].play(trace, block)
+                for spec in specs:
+                    self.add_parameter(spec, Tensor(for_good, spec.numel, self.itemsize_of(spec)))
+                continue
+            for spec in specs:
+                tensor, quantized = self.materialise(spec)
+                self.add_parameter(spec, tensor, quantized)
+                del tensor
+
+    def draws_only(self, specs: Sequence[ParameterSpec]) -> bool:
+        """Is ``draw`` all that materialising these parameters takes?"""
+        return not any(s.quantized or MAGNITUDE in s.name for s in specs)
+
+    def draw(self, spec: ParameterSpec, trace: Trace) -> Event:
+        """parallel/materialise.py: drawn in fp32, then cast."""
+        drawn = trace.allocate(spec.numel * FP32, PARAMETERS, spec.name)
+        size = self.itemsize_of(spec)
+        if size != FP32:
+            cast = trace.allocate(spec.numel * size, PARAMETERS, spec.name)
+            trace.free(drawn)
+            drawn = cast
+        return drawn
+
+    def draw_for_good(self, specs: Sequence[ParameterSpec], trace: Trace) -> list[Event]:
+        """``draw`` of each; nothing is given back."""
+        for spec in specs:
+            self.draw(spec, trace)
+        return []
 
     def materialise(self, spec: ParameterSpec) -> tuple[Tensor, Quantized | None]:
-        """parallel/materialise.py: drawn in fp32, then cast; a weight to be quantized is cast to the compute dtype."""
+        """``draw``; a weight to be quantized is cast to the compute dtype."""
         size = compute_itemsize(self.cfg.quantization) if spec.quantized else self.itemsize_of(spec)
         base = self._dora_base(spec)
         drawn = self.tape.new(base.numel, FP32, f"DoRA base of {base.name}") if base else None
@@ -121,9 +152,18 @@ class Rule:
     def add_parameter(self, spec: ParameterSpec, tensor: Tensor, quantized: Quantized | None = None) -> Parameter:
         accumulator = Accumulator(spec.name)
         parameter = Parameter(spec.name, spec.shape, tensor, accumulator, spec.trainable, quantized)
-        accumulator.on_grad = lambda: self.grad_ready(spec, parameter)
+        if self.told:
+            accumulator.on_grad = self._arrived
         self.parameters[spec.name] = parameter
         return parameter
+
+    def _arrived(self, name: str) -> None:
+        self.grad_ready(self.spec_of[name], self.parameters[name])
+
+    @cached_property
+    def trained_accumulators(self) -> list[Accumulator]:
+        """Of what is trained, in the model's order; once all is built."""
+        return [p.accumulator for p in self.parameters.values() if p.trainable]
 
     def start_step(self) -> None: ...
 
@@ -153,8 +193,7 @@ class Rule:
         return [s.shape for s in self.trained]
 
     def zero_grad(self) -> None:
-        for p in self.parameters.values():
-            p.accumulator.grad = None
+        let_go(self.trained_accumulators)
 
     # -- hooks around modules: nothing to do without sharding ------------------------------------
 
@@ -218,8 +257,7 @@ class Rule:
     def grads_ready(self, parameters: Sequence[Parameter]) -> None:
         """``grad_ready`` of each, where it is quiet (``quiet_gradients``); PASSED_ON ones may be gone by then."""
         for parameter in parameters:
-            if parameter.accumulator.on_grad is not None:
-                parameter.accumulator.on_grad()
+            self.grad_ready(self.spec_of[parameter.name], parameter)
 
 
 class DeepSpeedRule(Rule):

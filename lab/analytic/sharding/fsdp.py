@@ -10,14 +10,17 @@ reduce-scatter input per unit, which stays until the next unit's; its output is 
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 from lab.analytic.architecture import ParameterSpec
+from lab.analytic.gradients import let_go_of_list
 from lab.analytic.ops import Parameter, Quantized
 from lab.analytic.quantization import packed_shape
-from lab.analytic.segments import Pairs, Together
+from lab.analytic.segments import Pairs, Repeated, Together
 from lab.analytic.sharding.base import Rule
+from lab.analytic.sharding.fsdp_init import Initialised
 from lab.analytic.tape import FP32, INT64, Event, Grads, Node, Storage, Tape, Tensor, Trace
 from lab.config import RunConfig
 from lab.vocab import MemoryCategory, Precision, Strategy
@@ -96,9 +99,20 @@ class FSDP(Rule):
         if self.cfg.quantization.kind != "none":
             self._build_units()
             return
-        for spec in self.specs:
-            self.add_shard(spec)
+        kinds: dict[Hashable, Repeated] = {}
+        for block, specs, kind in self.unit_specs:
+            if kind not in kinds:
+                kinds[kind] = Repeated(self.tape.trace, partial(self._shards_for_good, specs), block)
+            kinds[kind].play(self.tape.trace, block)
+            for spec in specs:
+                self._add_whole(spec)
         self._initialise()
+
+    def _shards_for_good(self, specs: Iterable[ParameterSpec], trace: Trace) -> list[Event]:
+        """This rank's padded shards of parameters."""
+        for spec in specs:
+            trace.allocate(self._padded(spec) * self._stored_size(spec), MemoryCategory.PARAMETERS, spec.name)
+        return []
 
     def _build_units(self) -> None:
         """parallel/fsdp.py, _shard: one whole unit at a time, quantized, then cut; fully_shard's list holds the whole
@@ -120,8 +134,11 @@ class FSDP(Rule):
 
     def add_shard(self, spec: ParameterSpec, quantized: Quantized | None = None) -> None:
         """This rank's padded shard of a parameter, and the place of the whole one."""
+        self._shards_for_good([spec], self.tape.trace)
+        self._add_whole(spec, quantized)
+
+    def _add_whole(self, spec: ParameterSpec, quantized: Quantized | None = None) -> None:
         padded, size = self._padded(spec), self.gathered_size(spec)
-        self.tape.trace.allocate(padded * self._stored_size(spec), MemoryCategory.PARAMETERS, spec.name)  # for good
         numel = packed_shape(spec.numel, self.cfg.quantization)[0] if spec.quantized else spec.numel
         whole = Tensor(_unallocated(self.tape.trace, padded * self.size * size, spec.name), numel, size)
         unit = self.units[self.unit_of(spec)]
@@ -137,26 +154,15 @@ class FSDP(Rule):
         """parallel/fsdp.py, _initialise_shards: each whole parameter is drawn in fp32 (and cast), then cut."""
         if self.cfg.model.tied_head:  # to_empty allocates it again for the second place
             self.tape.new(self._padded(self.specs[0]), self.parameter_itemsize, "head.weight, dropped")
-        trace, passing = self.tape.trace, MemoryCategory.TEMPORARIES
-        value: Event | None = None  # loop variables: each until the next one's is there
-        cut: Event | None = None
-        for spec in self.specs:
-            label, size = f"initial {spec.name}", self.itemsize_of(spec)
-            drawn = trace.allocate(spec.numel * FP32, passing, label)
-            if size != FP32:
-                cast = trace.allocate(spec.numel * size, passing, label)
-                trace.free(drawn)
-                drawn = cast
-            if value is not None:
-                trace.free(value)
-            value = drawn
-            shard = trace.allocate(self._padded(spec) * size, passing, f"initial shard of {spec.name}")
-            if cut is not None:
-                trace.free(cut)
-            cut = shard
-        for last in (value, cut):
-            if last is not None:
-                trace.free(last)
+        trace, kinds = self.tape.trace, dict[Hashable, Initialised]()
+        left: list[Event] = []
+        for block, specs, kind in self.unit_specs:
+            if kind not in kinds:
+                sizes = [(s.name, s.numel, self._padded(s), self.itemsize_of(s)) for s in specs]
+                kinds[kind] = Initialised(trace, sizes, block)
+            left = kinds[kind].play(trace, block, left)
+        for last in left:
+            trace.free(last)
 
     # -- gather and free ---------------------------------------------------------------------------
 
@@ -248,9 +254,6 @@ class FSDP(Rule):
         foreach_reduce's loop variable holds the last parameter's whole gradient until it returns.
         """
         unit.reduced = True
-        grads = [p.accumulator.grad for _, p in unit.members]
-        for _, p in unit.members:
-            p.accumulator.grad = None
         self.free(unit)
         self.reduce_input = None
         if not unit.trained_numel:
@@ -262,8 +265,7 @@ class FSDP(Rule):
         numel = unit.trained_numel * self.size
         self.reduce_input = self.tape.new(numel, size, "FSDP reduce-scatter input", COMM)
         self._chunk_cat(unit, size)
-        last = [g for g in grads if g is not None][-1:] if self.size > 1 else []
-        grads.clear()
+        last = let_go_of_list([p.accumulator for _, p in unit.members if p.trainable], keep_last=self.size > 1)
         self.tape.trace.stream = REDUCE_STREAM
         category = MemoryCategory.GRADIENTS
         output = self.tape.new(unit.trained_numel, size, "FSDP sharded gradient", category)

@@ -7,6 +7,7 @@ and never again (distributed.py, _ddp_init_helper; reducer.hpp, should_rebuild_b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 from lab.analytic.architecture import ParameterSpec
@@ -20,7 +21,7 @@ from lab.analytic.sharding.base import PARAMETERS, Rule
 from lab.analytic.sharding.from_pretrained import Stored, from_pretrained
 from lab.analytic.sharding.zero import Zero1, Zero2
 from lab.analytic.sharding.zero3 import Zero3
-from lab.analytic.tape import Tensor
+from lab.analytic.tape import Event, Tensor, Trace
 from lab.vocab import Strategy
 
 
@@ -38,6 +39,13 @@ class _Clipped(Rule):
     @property
     def autocast(self) -> bool:
         return super().autocast or self.cfg.engine.autocast
+
+    def draws_only(self, specs: Sequence[ParameterSpec]) -> bool:
+        return not self._loads_quantized and super().draws_only(specs)
+
+    def draw(self, spec: ParameterSpec, trace: Trace) -> Event:
+        """The weights come from the host as they are."""
+        return trace.allocate(spec.numel * self.itemsize_of(spec), PARAMETERS, spec.name)
 
     def materialise(self, spec: ParameterSpec) -> tuple[Tensor, Quantized | None]:
         """The weights come from the host as they are, quantized ones through ``from_pretrained``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lab.analytic.architecture import ParameterSpec
 from lab.analytic.families.inventory import buffers
 from lab.analytic.ops import Parameter
@@ -161,6 +163,11 @@ class DDP(Rule):
                 self.first_bucket.clear()
         if self.cfg.parallel.ddp.gradient_as_bucket_view and self.reduces:
             parameter.accumulator.grad = None
+
+    def grads_ready(self, parameters: Sequence[Parameter]) -> None:
+        if self.reduces and not self.rebuilt and not self._delays:
+            arriving = [self.spec_of[p.name] for p in parameters]
+            self.arrived += arriving[: len(self.trained) - len(self.arrived)]
 
     def finish_backward(self) -> None:
         if self.reduces:  # until then gradients are tensors of their own, beside the buckets

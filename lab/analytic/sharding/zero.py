@@ -29,14 +29,12 @@ has used (``record_stream``), which only *reserved* sees.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from itertools import groupby
-from operator import attrgetter
+from functools import partial
 
 from lab.analytic.architecture import ParameterSpec
-from lab.analytic.dora import MAGNITUDE
 from lab.analytic.ops import Parameter
 from lab.analytic.segments import Played, Repeated
-from lab.analytic.sharding.base import DeepSpeedRule, block_of
+from lab.analytic.sharding.base import DeepSpeedRule
 from lab.analytic.sharding.zero_partitions import FlatGroup
 from lab.analytic.sharding.zero_ranks import FP64, Partition, RankTrace
 from lab.analytic.sharding.zero_reduction import Reducer, ranks_differ
@@ -46,7 +44,6 @@ from lab.vocab import MemoryCategory
 
 PARAMETERS, MASTER = MemoryCategory.PARAMETERS, MemoryCategory.MASTER_WEIGHTS
 GRADIENTS = MemoryCategory.GRADIENTS
-_unit = attrgetter("unit")
 
 
 class ZeroRule(DeepSpeedRule):
@@ -57,7 +54,6 @@ class ZeroRule(DeepSpeedRule):
     def __init__(self, cfg: RunConfig, tape: Tape, specs: list[ParameterSpec]) -> None:
         super().__init__(cfg, tape, specs)
         self.options = cfg.parallel.zero
-        self.spec_of = {spec.name: spec for spec in self.trained}
         self.group = FlatGroup(self.trained, self.world, self.options.round_robin_gradients)
         self.partition = self.group.partition_numel
         self.trained_numel = [0] * cfg.model.num_layers  # of the blocks
@@ -104,12 +100,13 @@ class ZeroRule(DeepSpeedRule):
         """Parameters one by one in fp32, cast, flattened, then dropped; a clone of the partition, cast likewise."""
         originals: list[Tensor | Played] = []
         kinds: dict[Hashable, Repeated] = {}
-        for _, group in groupby(self.specs, key=_unit):
-            members = list(group)
-            if all(s.trainable and not s.quantized and MAGNITUDE not in s.name for s in members):
-                originals.append(self._draw(members, kinds))
+        for block, specs, kind in self.unit_specs:
+            if self.draws_only(specs) and all(s.trainable for s in specs):
+                if kind not in kinds:
+                    kinds[kind] = Repeated(self.tape.trace, partial(self._draw_all, specs), block)
+                originals.append(kinds[kind].play(self.tape.trace, block))
                 continue
-            for spec in members:
+            for spec in specs:
                 tensor, quantized = self.materialise(spec)
                 if spec.trainable:
                     originals.append(tensor)
@@ -119,25 +116,8 @@ class ZeroRule(DeepSpeedRule):
         self.tape.trace.empty_cache()
         self.flatten(originals)
 
-    def _draw(self, specs: list[ParameterSpec], kinds: dict[Hashable, Repeated]) -> Played:
-        """``materialise`` of each: only drawn and cast. Blocks of one kind do the same."""
-        size, block = self.parameter_itemsize, block_of(specs[0])
-
-        def run(trace: Trace) -> list[Event]:
-            tensors: list[Event] = []
-            for spec in specs:
-                drawn = trace.allocate(spec.numel * FP32, PARAMETERS, spec.name)
-                if size != FP32:
-                    cast = trace.allocate(spec.numel * size, PARAMETERS, spec.name)
-                    trace.free(drawn)
-                    drawn = cast
-                tensors.append(drawn)
-            return tensors[::-1]  # flattened, they go from the first to the last
-
-        kind = tuple([(s.name.removeprefix(block), s.numel) for s in specs])
-        if kind not in kinds:
-            kinds[kind] = Repeated(self.tape.trace, run, block)
-        return kinds[kind].play(self.tape.trace, block)
+    def _draw_all(self, specs: Sequence[ParameterSpec], trace: Trace) -> list[Event]:
+        return [self.draw(spec, trace) for spec in specs][::-1]  # flattened, they go from the first to the last
 
     def flatten(self, originals: list[Tensor | Played]) -> None:
         """DeepSpeedZeroOptimizer.__init__; empties ``originals``, whose storage the flat group replaces."""

@@ -32,11 +32,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from functools import partial
 
-from lab.analytic.architecture import ParameterSpec, tied_modules
+from lab.analytic.architecture import ParameterSpec, UnitSpecs, by_unit, tied_modules
 from lab.analytic.layer_instructions import Hook, Pass
 from lab.analytic.ops import Parameter
 from lab.analytic.segments import Played, Repeated
-from lab.analytic.sharding.base import KEPT, PASSED_ON, DeepSpeedRule, block_of
+from lab.analytic.sharding.base import KEPT, PASSED_ON, DeepSpeedRule
 from lab.analytic.sharding.zero3_fetch import Coordinator
 from lab.analytic.sharding.zero3_gather import Gatherer, Sharded
 from lab.analytic.sharding.zero3_init import cut
@@ -75,8 +75,8 @@ class Zero3(DeepSpeedRule):
         kinds: dict[Hashable, Repeated] = {}
         for unit in self.units():
             shards.append(self._partition_unit(unit, kinds))
-            self.of_unit.append([self.sharded[spec.name] for spec in unit])
-            self.trained_numel.append(sum(spec.numel for spec in unit if spec.trainable))
+            self.of_unit.append([self.sharded[spec.name] for spec in unit.specs])
+            self.trained_numel.append(sum([spec.numel for spec in unit.specs if spec.trainable]))
         ordered = [self.sharded[spec.name] for spec in self.trained]  # the others keep the shards that zero.Init made
         sizes = self.parameter_itemsize, self.master_itemsize
         self.states = ShardedStates(self.cfg, self.tape, self.rank, ordered, sizes, shards, self.optimizer)
@@ -96,19 +96,15 @@ class Zero3(DeepSpeedRule):
         module = name.rpartition(".")[0]
         return f"{module}{BASE}" if f"{module}.lora_A.weight" in self.sharded else module
 
-    def units(self) -> list[list[ParameterSpec]]:
+    def units(self) -> list[UnitSpecs]:
         """What exists whole at the same time: the lab partitions block by block, then the rest (parallel/zero.py)."""
-        units: dict[int, list[ParameterSpec]] = {unit: [] for unit in (*range(self.cfg.model.num_layers), -1)}
-        for spec in self.specs:
-            units[spec.unit].append(spec)
-        return list(units.values())
+        return by_unit([*(s for s in self.specs if s.unit >= 0), *(s for s in self.specs if s.unit < 0)])
 
-    def _partition_unit(self, specs: list[ParameterSpec], kinds: dict[Hashable, Repeated]) -> Played:
+    def _partition_unit(self, unit: UnitSpecs, kinds: dict[Hashable, Repeated]) -> Played:
         """zero.Init cuts one parameter after the other; the shards that it leaves. Units of one kind do the same."""
-        trace, size, world = self.tape.trace, self.parameter_itemsize, self.world
+        specs, trace, size, world = unit.specs, self.tape.trace, self.parameter_itemsize, self.world
         largest_persistent = self.options.stage3_param_persistence_threshold
-        block = block_of(specs[0])
-        kind = tuple([(s.name.removeprefix(block), s.numel, s.trainable) for s in specs])
+        block, kind = unit.block, unit.kind
         if kind not in kinds:
             kinds[kind] = Repeated(trace, partial(cut, specs, world, size), block)
         shards = kinds[kind].play(trace, block)

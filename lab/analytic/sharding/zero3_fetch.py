@@ -82,7 +82,8 @@ class Coordinator:
         self.step_id = step + 1
         if recording:
             self.submodules.append(module)
-        assert self.submodules[step] is module, "DeepSpeed would drop its trace and record again"
+        else:
+            assert self.submodules[step] is module, "DeepSpeed would drop its trace and record again"
         if not forward:
             self.backward_modules[module] = None
         if module.params:
@@ -94,20 +95,21 @@ class Coordinator:
         after = self.place_after[step]
         if self.place < after:  # takes the module's own parameters off the queue, unless a prefetch has
             self.place = after
-        room = self.max_live - self.num_available
-        if room > 0 and self.place < len(self.param_order):
-            self._prefetch(room)
+        if self.place < len(self.param_order):
+            room = self.max_live - self.num_available
+            if room > 0:
+                self._prefetch(room)
 
     def _gather(self, module: Module) -> None:
         gatherer, params = self.gatherer, module.params
         inflight = gatherer.inflight
         missing = [p for p in params if p.status is NOT_AVAILABLE]
-        if missing:
+        if len(missing) == 1:
+            self.num_available += missing[0].numel
+            gatherer.gather_alone(missing[0])
+        elif missing:
             self.num_available += sum([p.numel for p in missing])
-            if len(missing) == 1:
-                gatherer.gather_alone(missing[0])
-            else:
-                gatherer.start(missing)
+            gatherer.start(missing)
         for p in params:
             p.active.add(module)
             if p in inflight:  # where it may be available already: another one's wait has brought it
@@ -148,15 +150,19 @@ class Coordinator:
             if module.recomputed:
                 self._release_recomputed(module)
                 return
-        if module.params:
-            for p in module.params:
+        params = module.params
+        if params:
+            for p in params:
                 p.active.discard(module)
-            for p in self._params_to_release(module):
-                self._release(p)
+            for p in self._params_to_release(module) if self.trace_mode == "complete" else params:
+                if not p.active:
+                    self._release(p)
 
     def _release_recomputed(self, module: Module) -> None:
         """Its own parameters, and those that a recomputation in its backward has fetched."""
-        recomputed, free = module.take_recomputed(), self._params_to_release(module)
+        recomputed, free = module.take_recomputed(), module.params
+        if self.trace_mode == "complete":
+            free = self._params_to_release(module)
         for p in (*module.params, *recomputed):
             p.active.discard(module)
             if p in free or (p in recomputed and not p.persist):
@@ -164,8 +170,6 @@ class Coordinator:
 
     def _params_to_release(self, module: Module) -> list[Sharded]:
         """Decided once per module and place in the order, in the first pass over the complete trace (lru_cache)."""
-        if self.trace_mode != "complete":
-            return module.params
         step = self.step_id
         found = module.to_release.get(step)
         if found is None:

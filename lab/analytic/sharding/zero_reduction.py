@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lab.analytic.architecture import ParameterSpec
+from lab.analytic.gradients import group_at
 from lab.analytic.ops import Parameter
 from lab.analytic.sharding.base import KEPT, PASSED_ON
 from lab.analytic.sharding.zero_partitions import FlatGroup
@@ -109,10 +110,10 @@ class Reducer:
             return
         for spec in specs:
             accumulator = self.parameters[spec.name].accumulator
-            if self.contiguous:
-                accumulator.grad = bucket.buffers[bucket.index].view(spec.numel)
-            assert accumulator.grad is not None
-            bucket.grads.append(accumulator.grad)
+            grad = bucket.buffers[bucket.index].view(spec.numel) if self.contiguous else accumulator.grad
+            assert grad is not None
+            accumulator.grad = grad
+            bucket.grads.append(grad)
             bucket.numel += spec.numel
         bucket.params += specs
 
@@ -139,11 +140,36 @@ class Reducer:
             if self.contiguous and self.overlap:
                 bucket.index = 1 - bucket.index
         if self.contiguous and spec.numel <= self.bucket_size:  # larger ones stay: extra_large_param_to_reduce
-            accumulator.grad = bucket.buffers[bucket.index].view(spec.numel)
-        assert accumulator.grad is not None
+            grad: Tensor | None = bucket.buffers[bucket.index].view(spec.numel)
+            accumulator.grad = grad
+        else:
+            grad = accumulator.grad
+        assert grad is not None
         bucket.params.append(spec)
-        bucket.grads.append(accumulator.grad)
+        bucket.grads.append(grad)
         bucket.numel += spec.numel
+
+    def _add_all(self, specs: list[ParameterSpec]) -> None:
+        """``_add_to_bucket`` of each; of those that came together and fit at once."""
+        bucket, accumulators = self.bucket, [self.parameters[s.name].accumulator for s in specs]
+        begin = 0
+        while begin < len(specs):
+            group = group_at(accumulators, begin)
+            together = specs[begin : begin + len(group.accumulators)] if group is not None else []
+            numel = sum([s.numel for s in together])
+            if group is None or not self.contiguous or bucket.numel + numel > self.bucket_size:
+                for spec in together or [specs[begin]]:
+                    self._add_to_bucket(spec)
+                begin += len(together) or 1
+                continue
+            begin += len(together)
+            group.free(range(len(together)))
+            buffer = bucket.buffers[bucket.index]
+            for accumulator, spec in zip(group.accumulators, together, strict=True):
+                accumulator.own = grad = buffer.view(spec.numel)
+                bucket.grads.append(grad)
+            bucket.params += together
+            bucket.numel += numel
 
     def _reduce(self) -> None:
         """reduce_ipg_grads: average what is in the bucket, then keep this partition's gradients."""
@@ -197,8 +223,7 @@ class Reducer:
             if not last_micro_step:
                 return
             if not self.overlap:
-                for spec in specs:
-                    self._add_to_bucket(spec)
+                self._add_all(specs)
         self._reduce()
         self._drop_previous_reduced()
         for partition in self.partitions:
