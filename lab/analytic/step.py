@@ -32,6 +32,7 @@ class Replay:
             lt_workspace_bytes=cfg.hardware.cublaslt_workspace_bytes,
         )
         self.kept: list[object] = []
+        self.scaler: list[Tensor] = []  # GradScaler's tensors, from its first scale() on
         self.trainer_batches = self.gpu and cfg.engine.kind == "hf_trainer"
         self.batches: list[Tensor] = []  # the Trainer's, of one step
         self.done = 0
@@ -104,10 +105,9 @@ class Replay:
         if self.cfg.train.gradient_accumulation_steps > 1 or self.rule.always_divides_loss:
             roots = [ops.scale(loss, "loss over micro-steps")]
         if self.cfg.precision.kind is Precision.FP16_MIXED:
-            if self.done == 0:
-                self.kept += [self.tape.new(1, FP32, name) for name in ("loss scale", "growth tracker")]
-            held = roots if self.rule.always_divides_loss else []  # Accelerate's local variable
-            roots = [*held, ops.scale(roots[-1], "scaled loss")]
+            if not self.scaler:
+                self.scaler = [self.tape.new(1, FP32, name) for name in ("loss scale", "growth tracker")]
+            roots.append(ops.scale(roots[-1], "scaled loss"))  # what it is made of stays a local variable
         return roots
 
     def _forward(self) -> Tensor:
