@@ -17,7 +17,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 
-from lab.analytic.driver import DriverAddresses
+from lab.analytic.driver import PRODUCTS, DriverAddresses
 from lab.units import MIB
 
 MIN_BLOCK = 512
@@ -173,6 +173,10 @@ class Allocator:
             if self.reserved_bytes + total > self.limit_bytes:
                 raise OutOfMemory(event, size)
         return total
+
+    def load_products(self) -> None:
+        """The first matrix product: its library takes address space between PyTorch's segments."""
+        self._driver.take(PRODUCTS)
 
     def layout(self) -> Layout:
         """What is free, and where: with the same live blocks, all that later requests depend on."""

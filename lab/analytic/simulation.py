@@ -10,8 +10,9 @@ from lab.analytic.segments import spelled_out
 from lab.analytic.step import Replay
 from lab.analytic.tape import ALLOC, EMPTY_CACHE, FREE, IN_USE, MARK, Event
 from lab.analytic.timeline import phase_mark
-from lab.vocab import StepPhase
+from lab.vocab import MemoryCategory, StepPhase
 
+WORKSPACE = MemoryCategory.LIBRARY_WORKSPACES
 MOST_STEPS = 16
 """Steps after which no repetition is waited for any more; of the recorded runs, the slowest takes five."""
 
@@ -30,6 +31,7 @@ class Simulation:
     layouts: list[Layout] = field(default_factory=list)
     _live: dict[int, Block] = field(default_factory=dict)
     _in_use: list[Block] = field(default_factory=list)  # freed, but another stream is not done with them
+    _loaded: bool = False  # has a matrix product run?
 
     def serve(self, events: Sequence[Event], num_storages: int) -> None:
         """Further events, in order; their storages' ids are below ``num_storages``. Raises OutOfMemory."""
@@ -39,6 +41,9 @@ class Simulation:
         block_bytes += [0] * (num_storages - len(block_bytes))
         for i, (kind, ident, nbytes, name, _, stream) in enumerate(events, len(allocated)):
             if kind == ALLOC:
+                if name is WORKSPACE and not self._loaded:
+                    self._loaded = True
+                    allocator.load_products()
                 try:
                     block = malloc(nbytes, stream, i)
                 except OutOfMemory:  # before that PyTorch waits for the other streams (synchronize_and_free_events)

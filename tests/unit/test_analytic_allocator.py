@@ -56,6 +56,20 @@ def test_best_fit_takes_the_smallest_block_and_the_lowest_address() -> None:
     assert a.malloc(20 * MIB).address == blocks[2].address
 
 
+def test_the_first_product_takes_address_space() -> None:
+    """Of two free blocks of one size the lower one goes out first: which that is, a gap in the first arena decides."""
+    order = []
+    for products in (False, True):
+        a = Allocator()
+        a.malloc(1)  # the small segment above the arena
+        held = [a.malloc(100 * MIB) for _ in range(3)]
+        if products:
+            a.load_products()
+        held += [a.malloc(100 * MIB) for _ in range(2)]
+        order.append([b.address > held[0].address for b in held])
+    assert order == [[False, True, True, True, False], [False, True, True, False, False]]
+
+
 def test_freed_neighbours_join() -> None:
     a = Allocator()
     x, y, z = (a.malloc(4 * MIB) for _ in range(3))

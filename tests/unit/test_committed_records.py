@@ -75,12 +75,15 @@ def errors_of_all() -> list[PointError]:
 
 @pytest.mark.parametrize(
     ("level", "worst", "worst_of_zero3"),
-    [("allocated", 0.2, 0.03), ("reserved", 3.0, 4.3), ("device_used", 2.2, 4.0), ("states", 0.15, 0.15)],
+    [("allocated", 0.35, 0.03), ("reserved", 3.0, 4.3), ("device_used", 2.2, 4.0), ("states", 0.04, 0.04)],
 )
 def test_every_record(level: str, worst: float, worst_of_zero3: float) -> None:
-    """ZeRO-3 reserves more where the GPU is behind the host (experiments/zero3_batch): by how much is timing."""
+    """ZeRO-3 reserves more where the GPU is behind the host (experiments/zero3_batch): by how much is timing.
+
+    The worst of allocated is 1.5 MiB in rests of blocks, of a run of 440 MiB (experiments/sliding).
+    """
     found = [(e.strategy, abs(e.percent)) for e in errors_of_all() if e.level == level]
-    assert len(found) >= 420
+    assert len(found) >= 460
     assert statistics.median(percent for _, percent in found) <= 0.01
     assert max(percent for strategy, percent in found if strategy != "zero3") <= worst
     assert max(percent for strategy, percent in found if strategy == "zero3") <= worst_of_zero3
@@ -101,7 +104,7 @@ def test_what_a_build_reserves_is_right_to_the_byte() -> None:
         done = simulate(replay.trace.events, replay.trace.next_id, made_by=allocator_of(cfg))
         assert (done.reserved[-1], done.allocated[-1]) == (build.end_reserved_bytes, build.end_allocated_bytes)
         builds += 1
-    assert builds >= 550
+    assert builds >= 800
 
 
 def test_most_are_right_to_the_byte() -> None:
@@ -109,9 +112,9 @@ def test_most_are_right_to_the_byte() -> None:
     allocated = [e.percent for e in errors_of_all() if e.level == "allocated"]
     reserved = [e.percent for e in errors_of_all() if e.level == "reserved"]
     assert sum(abs(e) <= 0.1 for e in allocated) >= 0.99 * len(allocated)
-    assert sum(e == 0 for e in allocated) >= 0.85 * len(allocated)
-    assert sum(e == 0 for e in reserved) >= 0.8 * len(reserved)
-    assert max(map(abs, allocated)) <= 0.25
+    assert sum(e == 0 for e in allocated) >= 0.94 * len(allocated)
+    assert sum(e == 0 for e in reserved) >= 0.9 * len(reserved)
+    assert max(map(abs, allocated)) <= 0.35
 
 
 def ddp_records() -> list[tuple[RunConfig, int]]:

@@ -153,3 +153,18 @@ def test_logits_as_wide_as_something_else_are_left_out() -> None:
     record.config["model"]["vocab_size"] = record.config["model"]["hidden_size"]
     left = {c.category for c in next(check([(source, record)])).categories}
     assert names - left == {"activations", "logits_and_loss"}
+
+
+def test_by_study_and_some_levels_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [str(MATRIX.parents[1] / name) for name in ("attention", "h200_blind2")]
+    assert main(["validate", *folders, "--recorded", "--markdown", "--by-study", "--level", "allocated,states"]) == 0
+    rows = [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    levels = [(level.strip("| "), study) for level, study in rows]
+    assert levels == [
+        (level, study) for level in ("allocated", "states") for study in ("all", "attention", "h200_blind2")
+    ]
+
+
+def test_a_level_that_is_none_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", str(MATRIX), "--markdown", "--level", "used"]) == 2
+    assert "--level=used" in capsys.readouterr().err
