@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 
 from lab.analytic import predict
 from lab.config import RunConfig
 from lab.record import Prediction
 
+WORTH_PROCESSES = 64  # configurations: below, starting processes takes longer than they save
 _kept: dict[str, Prediction] | None = None  # by the configuration's text; None outside ``predictions_kept``
 
 
@@ -23,6 +27,23 @@ def predicted(cfg: RunConfig) -> Prediction:
     if key not in _kept:
         _kept[key] = predict(cfg)
     return _kept[key]
+
+
+def predicted_each(cfgs: Sequence[RunConfig], processes: int | None = None) -> list[Prediction]:
+    """``predicted`` of every configuration, in order; many on all cores (``processes``), each equal one once."""
+    global _kept
+    known = dict(_kept or {})
+    wanted = {repr(cfg): cfg for cfg in cfgs}
+    missing = {key: cfg for key, cfg in wanted.items() if key not in known}
+    workers = processes or os.cpu_count() or 1
+    if workers > 1 and len(missing) >= WORTH_PROCESSES:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            known.update(zip(missing, pool.map(predict, missing.values(), chunksize=8), strict=True))
+    else:
+        known.update((key, predict(cfg)) for key, cfg in missing.items())
+    if _kept is not None:
+        _kept = known
+    return [known[repr(cfg)] for cfg in cfgs]
 
 
 @contextmanager

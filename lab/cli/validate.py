@@ -11,7 +11,7 @@ from pathlib import Path
 from lab.analytic.published import FORMULAS
 from lab.cli.arguments import Parser
 from lab.cli.formulas import show
-from lab.cli.predictions import predicted
+from lab.cli.predictions import predicted_each
 from lab.compare import comparison_row, residuals
 from lab.config import ConfigError, HardwareConfig, RunConfig, load, run_config_from_json
 from lab.record import Prediction, Residual, RunRecord
@@ -121,11 +121,17 @@ def check(records: Iterable[tuple[str, RunRecord]], recorded: bool = False) -> I
 
     ``recorded``: against the one in the record, written before the run.
     """
-    for source, record in records:
-        if record.status is not RunStatus.OK or record.steady_step is None:
-            continue
-        cfg = run_config_from_json(record.config)
-        prediction: Prediction | None = record.prediction if recorded else predicted(_with_todays_hardware(cfg))
+    finished = [
+        (source, record, run_config_from_json(record.config))
+        for source, record in records
+        if record.status is RunStatus.OK and record.steady_step is not None
+    ]
+    predictions: Sequence[Prediction | None]
+    if recorded:
+        predictions = [record.prediction for _, record, _ in finished]
+    else:
+        predictions = predicted_each([_with_todays_hardware(cfg) for _, _, cfg in finished])
+    for (source, record, cfg), prediction in zip(finished, predictions, strict=True):
         if prediction is None:
             continue
         found = residuals(prediction, record.ranks)
