@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from lab.config.errors import NO_VALUE, ConfigError
@@ -65,8 +66,18 @@ def _check_option(group: str, option: str) -> None:
     if option.startswith("{") or re.match(r"[^\[]*[,(]", option):
         return  # settings of the group, or several options: judged by the grammar
     if option.strip("'\"") not in existing and (group, option) != ("experiment", "null"):
-        names = ", ".join(existing) if existing else "none exists yet"
-        raise ConfigError(group, option, f"no such option; one of {names}{suggestion(option, existing)}")
+        raise ConfigError(group, option, f"no such option; one of {_listed(existing)}{suggestion(option, existing)}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names in their order with commas; four and more numbered ones of one stem as one: draw2-9."""
+    out: list[str] = []
+    numbered = [re.fullmatch(r"(.*?)(\d+)", name) for name in names]
+    for stem, group in groupby(zip(names, numbered, strict=True), key=lambda pair: pair[1] and pair[1][1]):
+        members = [name for name, _ in group]
+        together = stem is not None and len(members) > 3
+        out += [f"{members[0]}-{members[-1][len(stem or '') :]}"] if together else members
+    return ", ".join(out) or "none exists yet"
 
 
 def _check_grammar(text: str, key: str, value: str) -> None:
@@ -100,7 +111,7 @@ def from_hydra(error: Exception, overrides: Sequence[str]) -> ConfigError:
     if found := re.search(r"Could not find '([\w/]+)/([^']*)'", text):  # named by an experiment or a defaults list
         group, option = found.groups()
         existing = options(group)
-        return ConfigError(group, option, f"no such option; one of {', '.join(existing) or 'none exists yet'}")
+        return ConfigError(group, option, f"no such option; one of {_listed(existing)}")
     if found := re.search(r"Could not override '([\w.]+)'", text):  # inside KEY={...}
         key = getattr(error.__cause__, "full_key", None) or found[1]
         outer = next((o for o in by_key if key == o or key.startswith(f"{o}.")), key)
