@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lab.config import RunConfig
+from lab.config.finetuning import odd_int8_outputs
 from lab.vocab import Precision, Strategy
 
 
@@ -77,6 +78,12 @@ def _finetuning(cfg: RunConfig) -> list[str]:
         and cfg.quantization.storage_dtype == "uint8"
     ):
         out.append("FSDP2 cuts packed bytes from torch 2.13 on; before, set quantization.storage_dtype to a float type")
+    if odd := odd_int8_outputs(cfg):
+        shapes = ", ".join(f"{name} has {rows}" for name, rows in odd.items())
+        out.append(
+            f"int8: outputs that are no multiple of 4 ({shapes}); cuBLASLt refuses some such products (of 5340 rows and "
+            "more where that was seen; 256 and 3072 rows ran): if so, name them in quantization.skip_modules"
+        )
     if cfg.quantization.kind == "int8":
         out.append("int8: bitsandbytes keeps a product's input until the graph is dropped, checkpointed or not")
     return out

@@ -68,8 +68,6 @@ def _quantization(cfg: RunConfig) -> None:
         raise ConfigError(
             "quantization", q.kind, "GPT-2's layers in transformers are Conv1D, not Linears: nothing to pack"
         )
-    if q.kind == "int8" and cfg.hardware.device_type == "cuda":
-        _int8_products(cfg)
     if q.kind != "int8" and q.block_size not in BLOCK_SIZES:
         raise ConfigError("quantization.block_size", q.block_size, f"one of {', '.join(map(str, BLOCK_SIZES))}")
     head = "head" if cfg.model.family == "lab" else "hf.lm_head"
@@ -90,13 +88,16 @@ def _quantization(cfg: RunConfig) -> None:
         raise ConfigError("train.compile", True, "not with quantized layers, whose products PyTorch cannot trace")
 
 
-def _int8_products(cfg: RunConfig) -> None:
-    """cuBLASLt's int8 product writes rows of whole 4 elements; bitsandbytes goes around it only for such inputs."""
-    m = cfg.model
-    if m.family == "other":
-        return
+def odd_int8_outputs(cfg: RunConfig) -> dict[str, int]:
+    """int8 Linears by the last part of their name, with their outputs, where those are no multiple of 4.
+
+    cuBLASLt's int8 product refuses some of these shapes; bitsandbytes goes around it for odd *inputs* alone.
+    """
+    m, found = cfg.model, dict[str, int]()
+    if cfg.quantization.kind != "int8" or cfg.hardware.device_type != "cuda" or m.family == "other":
+        return found
     q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
-    sizes = {  # (in, out), by a name's last part
+    sizes = {  # (in, out)
         "qkv_proj": (m.hidden_size, q + 2 * kv),
         "q_proj": (m.hidden_size, q),
         "o_proj": (q, m.hidden_size),
@@ -109,12 +110,8 @@ def _int8_products(cfg: RunConfig) -> None:
         leaf = name.rpartition(".")[2]
         width, rows = sizes[leaf]
         if width % 4 == 0 and rows % 4 and not _names(name, cfg.quantization.skip_modules):
-            raise ConfigError(
-                "quantization",
-                "int8",
-                f"cuBLASLt's int8 product needs outputs that are a multiple of 4, and {leaf} has {rows}: add it to "
-                "quantization.skip_modules, change the shape, or use quantization=nf4",
-            )
+            found[leaf] = rows
+    return found
 
 
 def _names(module: str, wanted: tuple[str, ...]) -> bool:

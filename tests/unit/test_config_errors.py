@@ -171,8 +171,6 @@ CASES: list[tuple[list[str], str, str, str]] = [
      "a multiple of 4"),
     (["hardware=h200", "attention=flash", "precision=bf16_pure", "adapter=lora", "quantization=nf4"], "attention",
      "flash", "adapter.prepare_kbit=false"),
-    (["hardware=h200", "adapter=lora", "quantization=int8", "model.intermediate_size=1350"], "quantization", "int8",
-     "gate_proj has 1350"),
     (["measure=snapshot"], "measure", "snapshot", "on a CPU use measure=ledger"),
     (["measure.ledger_steps=[7]"], "measure.ledger_steps", "[7]", "steps from -5 to 4"),
     (["measure=ledger", "train.compile=true"], "train.compile", "true", "use measure=counters or measure=off"),

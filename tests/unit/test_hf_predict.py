@@ -151,7 +151,8 @@ def test_every_sliding_layer_keeps_a_mask_of_its_own(tmp_path: Path) -> None:
     ("head_dim", "precision", "expected"),
     [
         (128, Precision.BF16_MIXED, AttentionBackend.CUDNN),
-        (192, Precision.BF16_MIXED, AttentionBackend.MEM_EFFICIENT),
+        (192, Precision.BF16_MIXED, AttentionBackend.CUDNN),
+        (264, Precision.BF16_MIXED, AttentionBackend.MEM_EFFICIENT),
         (36, Precision.FP16_MIXED, AttentionBackend.MATH),
         (36, Precision.FP32, AttentionBackend.MEM_EFFICIENT),
         (50, Precision.FP32, AttentionBackend.MATH),
