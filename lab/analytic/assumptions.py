@@ -81,8 +81,8 @@ def _finetuning(cfg: RunConfig) -> list[str]:
     if odd := odd_int8_outputs(cfg):
         shapes = ", ".join(f"{name} has {rows}" for name, rows in odd.items())
         out.append(
-            f"int8: outputs that are no multiple of 4 ({shapes}); cuBLASLt refuses some such products (of 5340 rows and "
-            "more where that was seen; 256 and 3072 rows ran): if so, name them in quantization.skip_modules"
+            f"int8: outputs that are no multiple of 4 ({shapes}); cuBLASLt refuses some such products (seen with 5340 "
+            "rows and more; 256 and 3072 rows ran): if so, name them in quantization.skip_modules"
         )
     if cfg.quantization.kind == "int8":
         out.append("int8: bitsandbytes keeps a product's input until the graph is dropped, checkpointed or not")
