@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -29,15 +28,17 @@ def predicted(cfg: RunConfig) -> Prediction:
     return _kept[key]
 
 
-def predicted_each(cfgs: Sequence[RunConfig], processes: int | None = None) -> list[Prediction]:
-    """``predicted`` of every configuration, in order; many on all cores (``processes``), each equal one once."""
+def predicted_each(cfgs: Sequence[RunConfig], processes: int = 1) -> list[Prediction]:
+    """``predicted`` of every configuration, in order, each equal one once; many on several processes.
+
+    Those import the caller's main module, which has to bear that: the `lab` command does.
+    """
     global _kept
     known = dict(_kept or {})
     wanted = {repr(cfg): cfg for cfg in cfgs}
     missing = {key: cfg for key, cfg in wanted.items() if key not in known}
-    workers = processes or os.cpu_count() or 1
-    if workers > 1 and len(missing) >= WORTH_PROCESSES:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    if processes > 1 and len(missing) >= WORTH_PROCESSES:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
             known.update(zip(missing, pool.map(predict, missing.values(), chunksize=8), strict=True))
     else:
         known.update((key, predict(cfg)) for key, cfg in missing.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,7 +73,7 @@ def run(argv: Sequence[str]) -> int:
         chosen = select(read_records(paths), arguments.where)
         print(show(chosen, arguments.formula, _with_todays_hardware, arguments.json, arguments.by_strategy))
         return 0
-    checked = list(check(select(read_records(paths), arguments.where), arguments.recorded))
+    checked = list(check(select(read_records(paths), arguments.where), arguments.recorded, os.cpu_count() or 1))
     errors = [e for run in checked for e in run.errors]
     categories = [c for run in checked for c in run.categories]
     points = sum(bool(run.errors) for run in checked)
@@ -116,7 +117,7 @@ def validate(records: Iterable[tuple[str, RunRecord]], recorded: bool = False) -
     return sum(bool(run.errors) for run in checked), [e for run in checked for e in run.errors]
 
 
-def check(records: Iterable[tuple[str, RunRecord]], recorded: bool = False) -> Iterator[Checked]:
+def check(records: Iterable[tuple[str, RunRecord]], recorded: bool = False, processes: int = 1) -> Iterator[Checked]:
     """Every finished run against today's prediction, made from the recorded configuration.
 
     ``recorded``: against the one in the record, written before the run.
@@ -130,7 +131,7 @@ def check(records: Iterable[tuple[str, RunRecord]], recorded: bool = False) -> I
     if recorded:
         predictions = [record.prediction for _, record, _ in finished]
     else:
-        predictions = predicted_each([_with_todays_hardware(cfg) for _, _, cfg in finished])
+        predictions = predicted_each([_with_todays_hardware(cfg) for _, _, cfg in finished], processes)
     for (source, record, cfg), prediction in zip(finished, predictions, strict=True):
         if prediction is None:
             continue
