@@ -6,7 +6,8 @@ addresses. The driver's rule, as read off the addresses in seven allocator trace
 chunks of whole 32 MiB, each below the last; a request goes to the lowest hole that is large enough. A new
 context has a hole of 414 MiB and, above it, one of 20 MiB; the first small segment lies between them. The first
 matrix product loads cuBLAS and kernels: 64 to 76 MiB are missing before its workspace in twelve traces of drawn shapes
-(experiments/h200_blind7 and 8), 74 or 76 where no attention kernel had been tried before. Left out: some MiB that other
+(experiments/h200_blind7 and 8), 74 or 76 where no attention kernel had been tried before; of those, 76 was chosen by
+the recorded runs, which it fits better than 64 or 74. Left out: some MiB that other
 kernels take as they are loaded, and NCCL's memory.
 """
 
